@@ -1,0 +1,74 @@
+"""World-wide exchange of plain bytes and a barrier; the only collectives that the loop itself uses."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+
+
+def start_world(timeout_s: float = 1800.0) -> None:
+    """Joins the process group that `torchrun` or `srun` describes; a lone process becomes a world of one.
+
+    Collective over the world. Bytes travel by gloo, tensors by NCCL where there are GPUs.
+    """
+    if dist.is_initialized():
+        return
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(key, value)
+    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
+    store = dist.HashStore() if alone else None
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpu() else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]) if alone else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if alone else -1,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def stop_world() -> None:
+    """Leaves the process group; collective over the world, a no-op where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_rank() -> int:
+    """This process's rank in the world."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """Number of ranks in the world."""
+    return dist.get_world_size()
+
+
+def barrier() -> None:
+    """Waits for every rank; collective over the world."""
+    dist.barrier()
+
+
+def all_gather_bytes(payload: bytes) -> list[bytes]:
+    """Returns every rank's payload, ordered by rank; collective over the world, payloads may differ in length."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64))
+    longest = max(1, *(int(size) for size in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    if payload:
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+    return [
+        part[: int(size)].numpy().tobytes() for part, size in zip(gathered, sizes, strict=True)
+    ]
+
+
+def broadcast_bytes(payload: bytes, source: int = 0) -> bytes:
+    """Returns the source rank's payload on every rank; collective over the world."""
+    return all_gather_bytes(payload if world_rank() == source else b"")[source]

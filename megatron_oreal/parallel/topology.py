@@ -1,0 +1,80 @@
+"""Where this process stands in the layout; the only user of Megatron's parallel_state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The coordinates of this rank and the process groups that the models talk over."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reports_scores(self) -> bool:
+        """Whether this rank hands out the per-token results of its data-parallel rank."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 1) -> Topology:
+    """Builds Megatron's process groups; collective over the world.
+
+    Data parallelism fills what tensor * pipeline * context leaves of the world.
+    """
+    with cuda_on_cpu():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+        )
+        model_parallel_cuda_manual_seed(seed)
+    return current()
+
+
+def current() -> Topology:
+    """Returns this rank's coordinates; not collective.
+
+    Raises:
+        AssertionError: Megatron's groups are not initialised.
+    """
+    return Topology(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+
+
+def destroy() -> None:
+    """Forgets Megatron's process groups; every rank must do it at the same point."""
+    parallel_state.destroy_model_parallel()
