@@ -1,9 +1,22 @@
-"""The configuration as frozen dataclasses; `configs/base.yaml` documents every key, `validate.py` checks across sections."""
+"""The configuration as frozen dataclasses.
+
+`configs/base.yaml` documents every key; `__post_init__` checks one section, `validate.py` checks
+across sections.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_oreal.config.checks import (
+    above_zero,
+    at_least,
+    positive_share,
+    require,
+    share,
+    share_below_one,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -15,6 +28,10 @@ class RunConfig:
     name: str = "oreal"
     folder: str = "runs/oreal"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,10 @@ class ParallelConfig:
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "tensor", "pipeline", "context")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -43,6 +64,10 @@ class EngineConfig:
 
     tokens_per_micro_batch: int = 16384
     head_chunk_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "tokens_per_micro_batch", "head_chunk_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,10 @@ class DataConfig:
     balance_by_pass_rate: bool = True
     questions_per_iteration: int = 64
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "questions_per_iteration")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -64,6 +93,12 @@ class SamplingConfig:
     top_p: float = 0.9
     max_new_tokens: int = 14000
     max_total_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "samples_per_question", "max_new_tokens", "max_total_tokens")
+        above_zero(self, "temperature")
+        positive_share(self, "top_p")
 
 
 @dataclass(frozen=True)
@@ -79,6 +114,12 @@ class RolloutConfig:
     max_mean_logprob_difference: float = 0.1
     sync_round_mib: int = 256
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "tensor_parallel", "max_sequences", "kv_cache_gib", "sync_round_mib")
+        positive_share(self, "gpu_memory_utilization")
+        above_zero(self, "max_mean_logprob_difference")
+
 
 @dataclass(frozen=True)
 class VerifierConfig:
@@ -91,6 +132,14 @@ class VerifierConfig:
     max_unverified_share: float = 0.1
     unverified_is_incorrect: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "workers_per_rank")
+        above_zero(self, "cpu_deadline_s", "wall_deadline_s")
+        share(self, "max_unverified_share")
+        markers = self.thinking_end_markers
+        require(all(markers), "thinking_end_markers", list(markers), "leave no marker empty")
+
 
 @dataclass(frozen=True)
 class TokenWeightsConfig:
@@ -101,6 +150,11 @@ class TokenWeightsConfig:
     c_neg: float = 0.5
     ratio_pos: float = 0.25
     ratio_neg: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        share_below_one(self, "c_pos", "c_neg")
+        positive_share(self, "ratio_pos", "ratio_neg")
 
 
 @dataclass(frozen=True)
@@ -117,6 +171,10 @@ class OrealConfig:
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_coefficient: float = 0.01
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "positive_factor", "negative_factor", "kl_coefficient")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -126,6 +184,11 @@ class ScheduleConfig:
     freeze_iterations: int = 10
     warmup_iterations: int = 10
     count: Literal["iterations", "updates"] = "iterations"
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "iterations")
+        at_least(self, 0, "freeze_iterations", "warmup_iterations")
 
 
 @dataclass(frozen=True)
@@ -139,6 +202,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        above_zero(self, "lr", "eps")
+        at_least(self, 0, "min_lr", "weight_decay", "clip_grad")
+        share_below_one(self, "beta1", "beta2")
+        require(self.min_lr <= self.lr, "min_lr", self.min_lr, f"set it to lr ({self.lr}) or below")
 
 
 @dataclass(frozen=True)
@@ -154,6 +224,15 @@ class EvaluationConfig:
     greedy: bool = True
     max_questions: int | None = None
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "every")
+        at_least(self, 1, "samples_per_question")
+        if self.max_questions is not None:
+            at_least(self, 1, "max_questions")
+        ok = bool(self.pass_at) and min(self.pass_at) >= 1
+        require(ok, "pass_at", list(self.pass_at), "name one or more k, each 1 or more")
+
 
 @dataclass(frozen=True)
 class MonitorConfig:
@@ -162,6 +241,10 @@ class MonitorConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "megatron-oreal"
     transcripts_per_iteration: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "transcripts_per_iteration")
 
 
 @dataclass(frozen=True)
@@ -172,6 +255,11 @@ class ExportConfig:
     at_end: bool = True
     shard_mib: int = 4096
 
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "every")
+        at_least(self, 1, "shard_mib")
+
 
 @dataclass(frozen=True)
 class SftConfig:
@@ -181,7 +269,14 @@ class SftConfig:
     epochs: int = 1
     sequences_per_step: int = 64
     warmup_steps: int = 20
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=1e-6)
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "epochs", "sequences_per_step")
+        at_least(self, 0, "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -199,7 +294,9 @@ class Config:
     oreal: OrealConfig = field(default_factory=OrealConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    token_rm_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7))
+    token_rm_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=2e-6, min_lr=4e-7)
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
