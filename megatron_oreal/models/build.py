@@ -1,0 +1,133 @@
+"""Builds a model family's Megatron model for this rank: decoder and embedding as Megatron makes them, the head ours."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+
+from megatron_oreal.config.schema import ParallelConfig, Precision
+from megatron_oreal.models.family import ModelDims
+from megatron_oreal.models.heads import ScalarHead
+from megatron_oreal.models.layer_spec import layer_spec
+from megatron_oreal.parallel.cuda_on_cpu import compute_device, cuda_on_cpu
+from megatron_oreal.parallel.topology import Topology
+
+HeadKind = Literal["vocab", "scalar"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class PackedGPT(GPTModel):
+    """A `GPTModel` over packed sequences that ends with its hidden states; heads are applied to them outside."""
+
+    def forward_packed(self, tokens: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
+        """Runs this stage on packed `[t]` tokens.
+
+        Collective over the tensor-parallel group. Returns `[t/tp or t, 1, h]`: after the final norm on
+        the last pipeline stage, what the next stage reads on the others.
+        """
+        # Positions are Megatron's affair: rotary embeddings start anew with each packed sequence.
+        return self(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=tokens.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """The rows `[v/tp, h]` of the language-model head, the embedding's own where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def gathered_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turns the last stage's output into `[t, h]` on every rank of the tensor-parallel group.
+
+        Collective over that group, backward too: each rank's gradient is its part of a sum.
+        """
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden).squeeze(1)
+        return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
+
+
+def transformer_config(
+    dims: ModelDims, parallel: ParallelConfig, precision: Precision
+) -> TransformerConfig:
+    """Returns Megatron's configuration of these dimensions under this layout."""
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_heads,
+        kv_channels=dims.head_dim,
+        ffn_hidden_size=dims.ffn,
+        layernorm_epsilon=dims.norm_eps,
+        add_qkv_bias=dims.qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        variable_seq_lengths=parallel.pipeline > 1,  # packed micro-batches differ in length
+        calculate_per_token_loss=True,  # Megatron adds up, the objective divides
+        use_cpu_initialization=compute_device().type == "cpu",
+        perform_initialization=False,  # every weight comes from a checkpoint
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        deallocate_pipeline_outputs=parallel.pipeline > 1,
+    )
+
+
+def build_model(
+    dims: ModelDims,
+    parallel: ParallelConfig,
+    precision: Precision,
+    topology: Topology,
+    *,
+    head: HeadKind,
+    seed: int,
+) -> PackedGPT:
+    """Builds this rank's part of a model, its weights not yet loaded; the scalar head is drawn from `seed`.
+
+    Not collective. The vocabulary is padded to a multiple of the tensor-parallel size.
+    """
+    config = transformer_config(dims, parallel, precision)
+    with cuda_on_cpu():
+        model = PackedGPT(
+            config,
+            layer_spec(config),
+            vocab_size=math.ceil(dims.vocab / parallel.tensor) * parallel.tensor,
+            max_sequence_length=dims.max_positions,
+            pre_process=topology.is_first_stage,
+            post_process=topology.is_last_stage,
+            share_embeddings_and_output_weights=dims.tied_embeddings and head == "vocab",
+            position_embedding_type="rope",
+            rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType]  a float does
+        )
+        if head == "scalar" and topology.is_last_stage:
+            model.output_layer = ScalarHead(config, seed)
+        return model.to(compute_device())

@@ -1,0 +1,58 @@
+"""Which modules a transformer layer is made of: Transformer Engine's where it runs, plain torch's elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from megatron_oreal.models.attention_cpu import PackedCoreAttention
+from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose gradient Megatron reduces over TP under sequence parallelism.
+
+    Megatron's own torch norm refuses sequence parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalises the last dimension of `hidden`, any shape."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+
+
+def transformer_engine_runs() -> bool:
+    """Whether layers are Transformer Engine's: it is installed and there is a GPU."""
+    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Returns what `GPTModel` builds its layers of on this pipeline stage."""
+    if transformer_engine_runs():
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
