@@ -1,0 +1,137 @@
+"""Rules across sections, and of a config against the world and the model it is to run on."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from megatron_oreal.config.checks import require
+from megatron_oreal.config.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_oreal.config.schema import Config
+
+
+def check_sections(config: Config) -> None:
+    """Checks what sections demand of each other; `load_config` calls it.
+
+    Raises:
+        UserError: naming the first rule that is broken.
+    """
+    _check_window(config)
+    _check_groups(config)
+    _check_schedule(config)
+    _check_evaluation(config)
+    verifier = config.verifier
+    require(
+        verifier.wall_deadline_s >= verifier.cpu_deadline_s,
+        "verifier.wall_deadline_s",
+        verifier.wall_deadline_s,
+        f"set it to verifier.cpu_deadline_s ({verifier.cpu_deadline_s}) or above",
+    )
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Checks that the Megatron layout and the rollout engines fill `world_size` ranks.
+
+    Raises:
+        UserError: naming the degrees and WORLD_SIZE.
+    """
+    layout = config.parallel
+    degrees = {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context}
+    if world_size % prod(degrees.values()):
+        shown = " * ".join(f"{name}({degree})" for name, degree in degrees.items())
+        raise UserError(
+            f"Invalid parallel dims: {shown} does not divide WORLD_SIZE({world_size}): "
+            f"change parallel.* or start a multiple of {prod(degrees.values())} ranks"
+        )
+    engine = config.rollout.tensor_parallel
+    require(
+        world_size % engine == 0,
+        "rollout.tensor_parallel",
+        engine,
+        f"does not divide WORLD_SIZE({world_size}); set a divisor of it",
+    )
+
+
+def check_model(config: Config, *, heads: int, kv_heads: int, layers: int, vocab: int) -> None:
+    """Checks that Megatron's and vLLM's layouts can cut this model.
+
+    Args:
+        config: the whole config.
+        heads: query heads of a layer.
+        kv_heads: key-value heads of a layer; fewer than the tensor degree are held in copies.
+        layers: transformer layers.
+        vocab: rows of the embedding, before any padding.
+
+    Raises:
+        UserError: naming the degree and the size that it does not divide.
+    """
+    tensor = {
+        "parallel.tensor": config.parallel.tensor,
+        "rollout.tensor_parallel": config.rollout.tensor_parallel,
+    }
+    for key, degree in tensor.items():
+        fix = f"does not divide the model's {heads} attention heads; set a divisor of it"
+        require(heads % degree == 0, key, degree, fix)
+        fix = f"neither divides the model's {kv_heads} key-value heads nor is a multiple of them"
+        whole = kv_heads % degree == 0 or degree % kv_heads == 0
+        require(whole, key, degree, f"{fix}; set one that is")
+        fix = f"more than the model's {vocab} vocabulary rows; set it lower"
+        require(degree <= vocab, key, degree, fix)
+    pipeline = config.parallel.pipeline
+    fix = f"does not divide the model's {layers} layers; set a divisor of it"
+    require(layers % pipeline == 0, "parallel.pipeline", pipeline, fix)
+
+
+def _check_window(config: Config) -> None:
+    sampling, budget = config.sampling, config.engine.tokens_per_micro_batch
+    total = sampling.max_total_tokens
+    require(
+        sampling.max_new_tokens < total,
+        "sampling.max_new_tokens",
+        sampling.max_new_tokens,
+        f"leaves no room for a prompt; set it below sampling.max_total_tokens ({total})",
+    )
+    require(
+        budget >= total,
+        "engine.tokens_per_micro_batch",
+        budget,
+        f"cannot hold one full sequence; set sampling.max_total_tokens ({total}) or more",
+    )
+
+
+def _check_groups(config: Config) -> None:
+    samples, oreal = config.sampling.samples_per_question, config.oreal
+    require(
+        samples > 1,
+        "sampling.samples_per_question",
+        samples,
+        f"oreal.shaping={oreal.shaping} compares the samples of a question; set 2 or more",
+    )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule = config.schedule
+    for key in ("freeze_iterations", "warmup_iterations"):
+        value = getattr(schedule, key)
+        fix = f"longer than the run; set schedule.iterations ({schedule.iterations}) or less"
+        require(value <= schedule.iterations, f"schedule.{key}", value, fix)
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    wanted = evaluation.every > 0 or evaluation.at_start or evaluation.at_end
+    require(
+        evaluation.path is not None or not wanted,
+        "evaluation.path",
+        "null",
+        "evaluation.every, at_start or at_end ask for held-out questions; name their file",
+    )
+    most = evaluation.samples_per_question
+    require(
+        max(evaluation.pass_at) <= most,
+        "evaluation.pass_at",
+        list(evaluation.pass_at),
+        f"pass@k needs k samples; set k to evaluation.samples_per_question ({most}) or below",
+    )
