@@ -1,0 +1,111 @@
+"""What the sampled groups look like, and how far the engine's policy is from the trainer's.
+
+The same rules as in `diagnostics`: pure, over the whole iteration, flat names, a quantity of
+nothing left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_oreal.algorithm.kl import k3
+from megatron_oreal.types import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from megatron_oreal.types import RolloutGroup, Verdict
+
+
+def group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Describes judged groups; call it before groups with many unverified answers are dropped.
+
+    Over questions:
+
+    - `rollout/pass_rate`: mean, over questions with a verified answer, of correct / verified.
+    - `rollout/nontrivial_share`, `rollout/all_correct_share`, `rollout/all_incorrect_share`,
+      `rollout/undecided_share`: each question is of one kind; undecided = fewer than two verified
+      answers. They sum to 1. (A question with more unverified answers than allowed is dropped
+      later, whatever its kind.)
+
+    Over answers:
+
+    - `rollout/unverified_share`: answers nobody could decide.
+    - `rollout/truncated_share`: answers cut by the length limit, without the stop token.
+    - `rollout/response_length_mean`, `_max`, and `rollout/response_length_correct`, `_incorrect`,
+      `_unverified`: tokens, mean over the answers of that outcome.
+    """
+    if not groups:
+        return {}
+    answers = [pair for g in groups for pair in zip(g.rollouts, g.verdicts, strict=True)]
+    lengths = [len(rollout.tokens) for rollout, _ in answers]
+    metrics = {
+        **_question_metrics(groups),
+        "rollout/unverified_share": fmean(v.outcome is Outcome.UNVERIFIED for _, v in answers),
+        "rollout/truncated_share": fmean(not rollout.stopped for rollout, _ in answers),
+        "rollout/response_length_mean": fmean(lengths),
+        "rollout/response_length_max": float(max(lengths)),
+    }
+    for outcome in Outcome:
+        of_outcome = [len(r.tokens) for r, verdict in answers if verdict.outcome is outcome]
+        if of_outcome:
+            metrics[f"rollout/response_length_{outcome.value}"] = fmean(of_outcome)
+    return metrics
+
+
+def mismatch_metrics(
+    policy_logprobs: Sequence[Tensor], rollout_logprobs: Sequence[Tensor]
+) -> dict[str, float]:
+    """Compares the trainer's log-probabilities with the engine's raw ones of the same tokens.
+
+    Both are of the same weights. With e = policy logp - rollout logp over all response tokens:
+    `rollout/mismatch_mean` = mean |e|, `rollout/mismatch_max` = max |e|, `rollout/mismatch_k3` =
+    mean of exp(e) - e - 1, which estimates KL(engine || trainer), the tokens being the engine's.
+
+    Args:
+        policy_logprobs: `[response_length]` a trajectory.
+        rollout_logprobs: likewise, aligned to the same tokens.
+    """
+    if not policy_logprobs:
+        return {}
+    policy = torch.cat(list(policy_logprobs)).detach().double()
+    rollout = torch.cat(list(rollout_logprobs)).detach().double()
+    difference = (policy - rollout).abs()
+    return {
+        "rollout/mismatch_mean": float(difference.mean()),
+        "rollout/mismatch_max": float(difference.max()),
+        "rollout/mismatch_k3": float(k3(rollout, policy).mean()),
+    }
+
+
+def _question_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    kinds = Counter(_kind(group.verdicts) for group in groups)
+    metrics = {
+        f"rollout/{kind}_share": kinds[kind] / len(groups)
+        for kind in ("nontrivial", "all_correct", "all_incorrect", "undecided")
+    }
+    counts = [_count(group.verdicts) for group in groups]
+    pass_rates = [correct / (correct + wrong) for correct, wrong in counts if correct + wrong]
+    if pass_rates:
+        metrics["rollout/pass_rate"] = fmean(pass_rates)
+    return metrics
+
+
+def _kind(verdicts: Sequence[Verdict]) -> str:
+    correct, wrong = _count(verdicts)
+    if correct + wrong < 2:  # noqa: PLR2004  one answer has no other to be compared with
+        return "undecided"
+    if correct and wrong:
+        return "nontrivial"
+    return "all_correct" if correct else "all_incorrect"
+
+
+def _count(verdicts: Sequence[Verdict]) -> tuple[int, int]:
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    return outcomes[Outcome.CORRECT], outcomes[Outcome.INCORRECT]
