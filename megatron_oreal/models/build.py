@@ -29,19 +29,20 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 class PackedGPT(GPTModel):
     """A `GPTModel` over packed sequences that ends with its hidden states; heads are applied to them outside."""
 
-    def forward_packed(self, tokens: torch.Tensor, packed: PackedSeqParams) -> torch.Tensor:
-        """Runs this stage on packed `[t]` tokens.
+    @staticmethod
+    def packed_inputs(tokens: torch.Tensor, packed: PackedSeqParams) -> dict[str, Any]:
+        """Returns the arguments of `forward` for packed tokens `[t]`.
 
-        Collective over the tensor-parallel group. Returns `[t/tp or t, 1, h]`: after the final norm on
-        the last pipeline stage, what the next stage reads on the others.
+        The forward pass is collective over the tensor-parallel group and returns `[t/tp or t, 1, h]`:
+        after the final norm on the last pipeline stage, what the next stage reads on the others.
         """
-        # Positions are Megatron's affair: rotary embeddings start anew with each packed sequence.
-        return self(
-            input_ids=tokens.unsqueeze(0),
-            position_ids=tokens.unsqueeze(0),
-            attention_mask=None,
-            packed_seq_params=packed,
-        )
+        return {
+            "input_ids": tokens.unsqueeze(0),
+            # Rotary embeddings start anew with each packed sequence; nothing else asks for positions.
+            "position_ids": tokens.unsqueeze(0),
+            "attention_mask": None,
+            "packed_seq_params": packed,
+        }
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states

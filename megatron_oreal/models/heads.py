@@ -161,9 +161,7 @@ def _log_softmax_at(
     `logits` are overwritten: at most two buffers of a chunk's size exist. Collective over `group`.
     """
     highest = (
-        logits.max(dim=1).values
-        if logits.shape[1]
-        else logits.new_full((len(logits),), -math.inf)
+        logits.max(dim=1).values if logits.shape[1] else logits.new_full((len(logits),), -math.inf)
     )
     _all_reduce(highest, dist.ReduceOp.MAX, group)
     logits -= highest.unsqueeze(1)

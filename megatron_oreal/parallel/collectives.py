@@ -55,18 +55,29 @@ def barrier() -> None:
 
 
 def all_gather_bytes(payload: bytes) -> list[bytes]:
-    """Returns every rank's payload, ordered by rank; collective over the world, payloads may differ in length."""
+    """Returns every rank's payload, ordered by rank; collective over the world.
+
+    Payloads may differ in length: each is broadcast at its own size, empty ones not at all.
+    """
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64))
-    longest = max(1, *(int(size) for size in sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    if payload:
-        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(world_size())]
-    dist.all_gather(gathered, padded)
-    return [
-        part[: int(size)].numpy().tobytes() for part, size in zip(gathered, sizes, strict=True)
-    ]
+    gathered = []
+    for rank, size in enumerate(sizes):
+        part = torch.empty(int(size), dtype=torch.uint8)
+        if rank == world_rank() and payload:
+            part.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        if len(part) and world_size() > 1:
+            dist.broadcast(part, src=rank)
+        gathered.append(part.numpy().tobytes())
+    return gathered
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over all ranks of a CPU tensor, any shape; collective over the world."""
+    total = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def broadcast_bytes(payload: bytes, source: int = 0) -> bytes:

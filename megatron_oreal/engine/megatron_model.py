@@ -1,0 +1,179 @@
+"""One Megatron model on this rank and the two things done with it: run a batch forward, or take a step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_oreal.config.schema import Config, OptimizerConfig
+from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition, lay_out
+from megatron_oreal.engine.optimizer import build_optimizer, set_learning_rate, wrap_for_training
+from megatron_oreal.models.build import HeadKind, PackedGPT, build_model
+from megatron_oreal.models.family import ModelDims
+from megatron_oreal.parallel.collectives import all_reduce_sum
+from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
+from megatron_oreal.parallel.topology import Topology
+from megatron_oreal.types import PackedBatch
+
+
+class HeadResult(NamedTuple):
+    """What a head makes of a micro-batch: its summed loss, and named `[n]` values, one a response token."""
+
+    loss: torch.Tensor
+    per_token: Mapping[str, torch.Tensor]
+
+
+class Head(Protocol):
+    """Turns the last stage's hidden states into a loss and the per-token values of these names."""
+
+    names: tuple[str, ...]
+    score_position: ScorePosition
+
+    def __call__(self, hidden: torch.Tensor, micro_batch: MicroBatch) -> HeadResult:
+        """`hidden` is what `PackedGPT.forward_packed` returns on the last stage."""
+        ...
+
+
+class StepResult(NamedTuple):
+    """`per_token[name][i]` is `[response_length of trajectory i]`, from the forward before the update."""
+
+    per_token: dict[str, list[torch.Tensor]]
+    loss: float
+    grad_norm: float
+
+
+class MegatronModel:
+    """A model of one role on this rank: `load` fills `model`'s parameters, then it is ready for use.
+
+    With an `optimizer` configuration it can `step`; without one its parameters are frozen.
+    """
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        config: Config,
+        topology: Topology,
+        *,
+        head: HeadKind,
+        load: Callable[[PackedGPT], None],
+        optimizer: OptimizerConfig | None,
+    ) -> None:
+        self.topology = topology
+        self.dims = dims
+        self.module = build_model(
+            dims,
+            config.parallel,
+            config.model.precision,
+            topology,
+            head=head,
+            seed=config.run.seed,
+        )
+        # Weights come before the optimizer, which copies them into its own precision.
+        load(self.module)
+        self._wrapped: PackedGPT | DistributedDataParallel = self.module
+        self._optimizer = None
+        if optimizer is None:
+            self.module.requires_grad_(requires_grad=False)
+            self.module.eval()
+            return
+        with cuda_on_cpu():
+            self._wrapped = wrap_for_training(self.module, config)
+            self._optimizer = build_optimizer(self._wrapped, optimizer, config)
+        self.module.config.finalize_model_grads_func = finalize_model_grads
+        self.module.config.grad_scale_func = self._optimizer.scale_loss
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """This rank's parameters by Megatron's names."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def infer(self, batch: PackedBatch, head: Head) -> dict[str, list[torch.Tensor]]:
+        """Runs the batch forward and returns every trajectory's per-token values on every rank.
+
+        Collective over the world.
+        """
+        with torch.no_grad():
+            results = self._run(batch, head, forward_only=True)
+        return self._spread(batch, head.names, results)
+
+    def step(self, batch: PackedBatch, head: Head, learning_rate: float) -> StepResult:
+        """Runs the batch forward and backward and updates the weights once.
+
+        Collective over the world. The values returned are those of the forward pass before the update.
+        """
+        assert self._optimizer is not None, "a frozen model takes no step"
+        set_learning_rate(self._optimizer, learning_rate)
+        with cuda_on_cpu():
+            self._wrapped.zero_grad_buffer()
+            self._optimizer.zero_grad()
+        results = self._run(batch, head, forward_only=False)
+        with cuda_on_cpu():
+            _, grad_norm, _ = self._optimizer.step()
+        loss = sum((result.loss.detach().cpu() for result in results), start=torch.zeros(()))
+        if not self.topology.reports_scores:
+            loss = torch.zeros(())
+        return StepResult(
+            self._spread(batch, head.names, results),
+            float(all_reduce_sum(loss.float())),
+            float(grad_norm or 0),
+        )
+
+    def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[HeadResult]:
+        """Sends this data-parallel rank's micro-batches through the pipeline.
+
+        Collective over the ranks of one pipeline; results come on its last stage, in order.
+        """
+        micro_batches = [
+            lay_out(batch, m, multiple=self.topology.tp_size, score_position=head.score_position)
+            for m in batch.micro_batches[self.topology.dp_rank]
+        ]
+        with cuda_on_cpu():
+            return get_forward_backward_func()(
+                forward_step_func=functools.partial(_forward_step, head=head),
+                data_iterator=iter(micro_batches),
+                model=[self._wrapped],
+                num_microbatches=len(micro_batches),
+                seq_length=max(len(m.tokens) for m in micro_batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def _spread(
+        self, batch: PackedBatch, names: Sequence[str], results: Sequence[HeadResult]
+    ) -> dict[str, list[torch.Tensor]]:
+        """Hands every rank the per-token values of every trajectory.
+
+        Collective over the world: reporting ranks fill in what they hold, all others zeros, and the
+        sum is exact.
+        """
+        lengths = [trajectory.response_length for trajectory in batch.trajectories]
+        order = [i for m in batch.micro_batches[self.topology.dp_rank] for i in m]
+        spread: dict[str, list[torch.Tensor]] = {}
+        for name in names:
+            mine = [torch.zeros(length) for length in lengths]
+            if self.topology.reports_scores:
+                values = torch.cat([result.per_token[name].float().cpu() for result in results])
+                for i, part in zip(order, values.split([lengths[i] for i in order]), strict=True):
+                    mine[i] = part
+            total = all_reduce_sum(torch.cat(mine))
+            spread[name] = list(total.split(lengths))
+        return spread
+
+
+def _forward_step(
+    micro_batches: Iterator[MicroBatch], model: Any, head: Head
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, HeadResult]]]:
+    """Megatron's forward step: this stage's hidden states, and what the last stage makes of them."""
+    micro_batch = next(micro_batches)
+    hidden = model(**PackedGPT.packed_inputs(micro_batch.tokens, micro_batch.packed))
+
+    def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, HeadResult]:
+        result = head(hidden, micro_batch)
+        # No tokens are counted: the objective has divided, Megatron adds up micro-batches and ranks.
+        return result.loss, torch.tensor(0, dtype=torch.int), result
+
+    return hidden, loss

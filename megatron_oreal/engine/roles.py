@@ -1,0 +1,100 @@
+"""The three models of OREAL and what each is asked: policy, frozen reference, token reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from megatron_oreal.config.schema import Config, OptimizerConfig
+from megatron_oreal.engine.heads import LogprobHead, SequenceObjective, TokenScoreHead
+from megatron_oreal.engine.megatron_model import MegatronModel
+from megatron_oreal.models.build import PackedGPT
+from megatron_oreal.models.family import ModelDims
+from megatron_oreal.models.heads import Objective
+from megatron_oreal.parallel.topology import Topology
+from megatron_oreal.types import PackedBatch
+
+Load = Callable[[PackedGPT], None]
+"""Fills this rank's parameters; may be collective over the world."""
+
+
+class PolicyStep(NamedTuple):
+    """Per trajectory `[response_length]`, from the forward before the update; entropies in nats."""
+
+    logprobs: list[torch.Tensor]
+    entropy: list[torch.Tensor]
+    loss: float
+    grad_norm: float
+
+
+class TokenRewardStep(NamedTuple):
+    """Token scores per trajectory `[response_length]`, from the forward before the update."""
+
+    scores: list[torch.Tensor]
+    loss: float
+    grad_norm: float
+
+
+class Reference:
+    """The frozen starting point; its log-probabilities anchor the KL term."""
+
+    _trainable: OptimizerConfig | None = None
+
+    def __init__(self, dims: ModelDims, config: Config, topology: Topology, load: Load) -> None:
+        self.model = MegatronModel(
+            dims, config, topology, head="vocab", load=load, optimizer=self._trainable
+        )
+        chunk_tokens = config.engine.head_chunk_tokens
+        self._head = LogprobHead(self.model.module, topology, dims.vocab, chunk_tokens)
+
+    def logprobs(self, batch: PackedBatch) -> PolicyStep:
+        """Scores every response token forward only; collective over the world."""
+        values = self.model.infer(batch, self._head)
+        return PolicyStep(values["logprobs"], values["entropy"], loss=0.0, grad_norm=0.0)
+
+
+class Policy(Reference):
+    """The model that OREAL, or supervised fine-tuning, improves."""
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        config: Config,
+        topology: Topology,
+        load: Load,
+        optimizer: OptimizerConfig,
+    ) -> None:
+        self._trainable = optimizer
+        super().__init__(dims, config, topology, load)
+
+    def step(self, batch: PackedBatch, objective: Objective, learning_rate: float) -> PolicyStep:
+        """Takes one step down the objective of every response token; collective over the world."""
+        head = replace(self._head, objective=objective)
+        result = self.model.step(batch, head, learning_rate)
+        values = result.per_token
+        return PolicyStep(values["logprobs"], values["entropy"], result.loss, result.grad_norm)
+
+
+class TokenRewardModel:
+    """Scores response tokens; trained online on the outcomes of the trajectories it scores."""
+
+    def __init__(self, dims: ModelDims, config: Config, topology: Topology, load: Load) -> None:
+        self.model = MegatronModel(
+            dims, config, topology, head="scalar", load=load, optimizer=config.token_rm_optimizer
+        )
+        self._head = TokenScoreHead(self.model.module, config.oreal.token_score)
+
+    def scores(self, batch: PackedBatch) -> list[torch.Tensor]:
+        """Scores every response token forward only; collective over the world."""
+        return self.model.infer(batch, self._head)["scores"]
+
+    def step(
+        self, batch: PackedBatch, objective: SequenceObjective, learning_rate: float
+    ) -> TokenRewardStep:
+        """Takes one step down the objective of each trajectory's mean score; collective over the world."""
+        head = replace(self._head, objective=objective)
+        result = self.model.step(batch, head, learning_rate)
+        return TokenRewardStep(result.per_token["scores"], result.loss, result.grad_norm)

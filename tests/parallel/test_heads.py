@@ -1,0 +1,177 @@
+"""The vocabulary head: same numbers however the vocabulary is spread, and no more memory than its chunks need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from megatron_oreal.models.heads import Fields, vocab_logprobs, vocab_shard
+from tests.ranks import RankPools
+
+pytestmark = pytest.mark.parallel
+
+TOKENS, HIDDEN, VOCAB = 37, 16, 50
+
+
+def objective(logprobs: torch.Tensor, fields: Fields) -> torch.Tensor:
+    """Curved on purpose: its slope differs at every token."""
+    return fields["factor"] * (logprobs.exp() + 0.1 * logprobs**2)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    return hidden, weight, targets, {"factor": torch.randn(TOKENS, generator=generator)}
+
+
+def expected() -> tuple[torch.Tensor, ...]:
+    hidden, weight, targets, fields = inputs()
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    log_softmax = (hidden @ weight.T).log_softmax(dim=1)
+    logprobs = log_softmax[torch.arange(TOKENS), targets]
+    entropy = -(log_softmax.exp() * log_softmax).sum(dim=1)
+    loss = objective(logprobs, {"factor": fields["factor"].double()}).sum()
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return tuple(x.detach().float() for x in (loss, logprobs, entropy, hidden.grad, weight.grad))
+
+
+def sharded(padded_rows: int, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
+    hidden, weight, targets, fields = inputs()
+    world = dist.group.WORLD
+    assert world is not None
+    shard = vocab_shard(padded_rows, VOCAB, world)
+    rows = torch.full((padded_rows, HIDDEN), 1e4)  # what lies in padding must not matter
+    rows[: shard.rows] = weight[shard.start : shard.start + shard.rows]
+    hidden.requires_grad_()
+    rows.requires_grad_()
+    out = vocab_logprobs(
+        hidden,
+        rows,
+        targets,
+        shard,
+        chunk_tokens=chunk_tokens,
+        objective=objective,
+        fields=fields,
+    )
+    (out.loss * 2).backward()  # as a loss scale would
+    assert hidden.grad is not None
+    assert rows.grad is not None
+    dist.all_reduce(hidden.grad)
+    gathered = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.grad)
+    with torch.no_grad():
+        again = vocab_logprobs(hidden, rows, targets, shard, chunk_tokens=chunk_tokens)
+    assert torch.equal(again.logprobs, out.logprobs)
+    assert torch.equal(again.entropy, out.entropy)
+    weight_grad = torch.cat(gathered)
+    assert not weight_grad[VOCAB:].any()
+    return (
+        out.loss.detach(),
+        out.logprobs,
+        out.entropy,
+        hidden.grad / 2,
+        weight_grad[:VOCAB] / 2,
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 64])
+@pytest.mark.parametrize(("world", "padded_rows"), [(1, 50), (1, 64), (2, 25), (2, 32), (4, 20)])
+def test_any_spread_of_the_vocabulary_gives_the_plain_result(
+    ranks: RankPools, world: int, padded_rows: int, chunk_tokens: int
+) -> None:
+    for result in ranks(world).run(sharded, padded_rows, chunk_tokens):
+        for got, want in zip(result, expected(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def no_tokens() -> tuple[float, bool]:
+    hidden, weight, targets, _ = inputs()
+    world = dist.group.WORLD
+    assert world is not None
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    out = vocab_logprobs(
+        hidden[:0],
+        weight,
+        targets[:0],
+        vocab_shard(VOCAB, VOCAB, world),
+        chunk_tokens=8,
+        objective=objective,
+        fields={"factor": torch.empty(0)},
+    )
+    out.loss.backward()
+    assert weight.grad is not None
+    return float(out.loss.detach()), bool(weight.grad.any())
+
+
+def test_a_micro_batch_without_response_tokens_has_a_live_graph_and_no_gradient(
+    ranks: RankPools,
+) -> None:
+    assert ranks(1).run(no_tokens) == [(0.0, False)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        out = func(*args, **(kwargs or {}))
+        known = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, torch.Tensor)]
+        old = {x.untyped_storage()._cdata for x in known}
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = (storage._weak_ref(), storage.nbytes())
+        self.live = {
+            key: value
+            for key, value in self.live.items()
+            if not torch.UntypedStorage._expired(value[0])
+        }
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+def peak_bytes(tokens: int, vocab: int, hidden_size: int, chunk_tokens: int) -> tuple[int, int]:
+    """Returns peak live bytes inside the head, forward and backward, and what gradients need of it."""
+    world = dist.group.WORLD
+    assert world is not None
+    rows = vocab // world.size()
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(rows, hidden_size, requires_grad=True)
+    fields = {"factor": torch.ones(tokens)}
+    targets = torch.randint(0, vocab, (tokens,))
+    dist.broadcast(targets, src=0)
+    with LiveBytes() as count:
+        out = vocab_logprobs(
+            hidden,
+            weight,
+            targets,
+            vocab_shard(rows, vocab, world),
+            chunk_tokens=chunk_tokens,
+            objective=objective,
+            fields=fields,
+        )
+        out.loss.backward()
+    return count.peak, 4 * (hidden.numel() + weight.numel())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_peak_memory_is_a_few_chunks_of_logits(ranks: RankPools, world: int) -> None:
+    tokens, vocab, chunk_tokens = 4096, 32768, 512
+    for peak, gradients in ranks(world).run(peak_bytes, tokens, vocab, 64, chunk_tokens):
+        one_chunk = chunk_tokens * vocab // world * 4
+        print(f"world {world}: {(peak - gradients) / one_chunk:.2f} chunks of logits")
+        assert peak - gradients > one_chunk, "the count must see the logits"
+        assert peak - gradients <= 4 * one_chunk
