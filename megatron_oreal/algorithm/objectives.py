@@ -77,8 +77,8 @@ def policy_fields(
 ) -> dict[str, list[Tensor]]:
     """Lays out what the policy's objective reads: `[response_length]` a trajectory and field."""
     return {
-        "reward": [torch.full((item.response_length,), item.reward) for item in trajectories],
-        "advantage": [torch.full((item.response_length,), item.advantage) for item in trajectories],
+        "reward": [_repeat(item.reward, item.response_length) for item in trajectories],
+        "advantage": [_repeat(item.advantage, item.response_length) for item in trajectories],
         "token_weight": token_weights,
         "reference_logprobs": reference_logprobs,
     }
@@ -152,3 +152,7 @@ def sft_objective(response_tokens: int) -> TokenObjective:
         return -logprobs / max(1, response_tokens)
 
     return objective
+
+
+def _repeat(value: float, length: int) -> Tensor:
+    return torch.full((length,), value, dtype=torch.float32)
