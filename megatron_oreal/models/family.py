@@ -89,7 +89,7 @@ class Family:
     output: str = "lm_head.weight"
 
     def tensors(self, dims: ModelDims) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every tensor of a checkpoint with these dimensions, layer by layer."""
+        """Returns the shape of every tensor of a checkpoint of these dimensions, layer by layer."""
         once = [row for row in self.rows if "{i}" not in row.megatron[0]]
         layered = [row for row in self.rows if "{i}" in row.megatron[0]]
         lines = [(row, layer) for layer in range(dims.layers) for row in layered]
