@@ -54,7 +54,7 @@ def render_prompt(
     """Returns the ids of a question in the chat template, up to where the answer begins.
 
     Raises:
-        UserError: The tokenizer has no chat template, or its template refuses the system prompt.
+        UserError: The tokenizer has no chat template, or its template refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise UserError(
@@ -68,7 +68,8 @@ def render_prompt(
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(
-            f"data.system_prompt={system_prompt}: the chat template of {tokenizer.name_or_path}"
-            f" refuses the messages ({error}): set it to null or mend the template"
+            f"model.path={tokenizer.name_or_path}: its chat template fails"
+            f" ({' '.join(str(error).split()):.200}): mend it, or set data.system_prompt=null if it"
+            " takes no system role"
         ) from error
     return tuple(tokenizer.encode(str(text), add_special_tokens=False))
