@@ -172,13 +172,13 @@ def test_group_metrics_leave_out_what_is_not_there():
 
 def test_mismatch_by_hand():
     policy = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
-    rollout = [torch.tensor([-1.0, -3.0]), torch.tensor([-2.0])]
-    # e = 0, 1, -1: exp(e) - e - 1 = 0, e - 2, 1/e
+    rollout = [torch.tensor([-1.0, -3.0]), torch.tensor([-1.0])]
+    # policy minus rollout is 0, 1 and -2
     assert mismatch_metrics(policy, rollout) == pytest.approx(
         {
-            "rollout/mismatch_mean": 2 / 3,
-            "rollout/mismatch_max": 1,
-            "rollout/mismatch_k3": (math.e - 2 + 1 / math.e) / 3,
+            "rollout/mismatch_mean": 1,
+            "rollout/mismatch_max": 2,
+            "rollout/mismatch_k3": ((math.e - 1 - 1) + (math.exp(-2) + 2 - 1)) / 3,
         }
     )
 

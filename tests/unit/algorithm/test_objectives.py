@@ -58,14 +58,14 @@ def test_terms_by_hand():
     found = terms()
     # 1 * 0.5 * 1.5 / 2 and 2 * 1 * 1.5 / 2
     assert found["positive"] == pytest.approx([0.375, 1.5, 0])
-    # -(1) * (-0.5) * 0.25 / 1 * 0.5
+    # negative: half of A = -0.5 times w = 0.25, turned round
     assert found["negative"] == pytest.approx([0, 0, 0.0625])
     # (2 - log 2 - 1) / 3 * 0.01
     assert found["kl"] == pytest.approx([0, (1 - math.log(2)) / 300, 0])
 
 
 def test_gradient_by_hand():
-    # The positive term gives -w A over N+, the negative one half of -A w over N-, k3 1 - exp(d).
+    # Positives have -w times A over N+, negatives half of that over N-; k3 adds 1 minus exp(d).
     assert gradient() == pytest.approx([-0.375, -0.75 + (1 - 2) / 300, 0.0625])
 
 

@@ -59,11 +59,14 @@ def test_topk_edges(values, ratio, weights):
 
 
 def test_topk_of_a_negative_takes_the_least_likely_correct():
-    cfg = TokenWeightsConfig(kind="topk", ratio_pos=0.25, ratio_neg=0.5)
-    scores = torch.tensor([2.0, 0.0, -5.0, 1.0])  # means 2, 1, -1, -1/2
+    cfg = TokenWeightsConfig(kind="topk", ratio_pos=0.25, ratio_neg=0.75)
+    # means 2, 1, -1, -1/2: the negative's three least likely correct are tokens 3, 4 and 2
+    scores = torch.tensor([2.0, 0.0, -5.0, 1.0])
     positive, negative = token_weights([scores, scores], [1.0, -1.0], cfg)
     assert positive.tolist() == [1, 0, 0, 0]
-    assert negative.tolist() == [0, 0, 1, 0]
+    wrong = [1 / (1 + math.exp(mean)) for mean in (2, 1, -1, -0.5)]
+    middle = (wrong[3] - wrong[1]) / (wrong[2] - wrong[1])
+    assert negative.tolist() == pytest.approx([0, 0, 1, middle])
 
 
 def test_no_token_rm_means_ones():
