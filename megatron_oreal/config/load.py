@@ -71,7 +71,7 @@ def load_config(
 
 def resolve_config_yaml(config: Config) -> str:
     """Returns the whole config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def config_keys(section: type = Config, prefix: str = "") -> dict[str, Any]:

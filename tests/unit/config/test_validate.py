@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.load import load_config
+from megatron_oreal.config.validate import check_layout, check_model
+
+if TYPE_CHECKING:
+    from megatron_oreal.config.schema import Config
+
+
+def config(*overrides: str) -> Config:
+    return load_config([], ["model.path=m", "data.path=d", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sampling.max_new_tokens=64", "sampling.max_total_tokens=64"],
+            "sampling.max_new_tokens=64: leaves no room for a prompt; "
+            "set it below sampling.max_total_tokens (64)",
+        ),
+        (
+            ["engine.tokens_per_micro_batch=16383"],
+            "engine.tokens_per_micro_batch=16383: cannot hold one full sequence; "
+            "set sampling.max_total_tokens (16384) or more",
+        ),
+        (
+            ["sampling.samples_per_question=1"],
+            "sampling.samples_per_question=1: oreal.shaping=rloo compares the samples of a "
+            "question; set 2 or more",
+        ),
+        (
+            ["schedule.iterations=9"],
+            "schedule.freeze_iterations=10: longer than the run; "
+            "set schedule.iterations (9) or less",
+        ),
+        (
+            ["evaluation.every=1"],
+            "evaluation.path=null: evaluation.every, at_start or at_end ask for held-out "
+            "questions; name their file",
+        ),
+        (
+            ["evaluation.samples_per_question=4"],
+            "evaluation.pass_at=[1, 8]: pass@k needs k samples; set k to "
+            "evaluation.samples_per_question (4) or below",
+        ),
+        (
+            ["verifier.cpu_deadline_s=20"],
+            "verifier.wall_deadline_s=10.0: set it to verifier.cpu_deadline_s (20.0) or above",
+        ),
+    ],
+)
+def test_sections_that_contradict_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config(*overrides)
+    assert str(caught.value) == message
+
+
+def test_layout_that_fills_the_world_is_good() -> None:
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "rollout.tensor_parallel=4"]
+    check_layout(config(*layout), world_size=8)
+
+
+def test_layout_that_does_not_divide_the_world() -> None:
+    with pytest.raises(UserError) as caught:
+        check_layout(config("parallel.tensor=2"), world_size=3)
+    assert str(caught.value) == (
+        "Invalid parallel dims: tensor(2) * pipeline(1) * context(1) does not divide "
+        "WORLD_SIZE(3): change parallel.* or start a multiple of 2 ranks"
+    )
+
+
+def test_engine_that_does_not_divide_the_world() -> None:
+    with pytest.raises(UserError, match=r"^rollout\.tensor_parallel=4: does not divide WORLD_SIZE"):
+        check_layout(config("rollout.tensor_parallel=4"), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["parallel.tensor=4"], "parallel.tensor=4: does not divide the model's 6 attention heads"),
+        (
+            ["rollout.tensor_parallel=4"],
+            "rollout.tensor_parallel=4: does not divide the model's 6 attention heads",
+        ),
+        (
+            ["parallel.tensor=3"],
+            "parallel.tensor=3: neither divides the model's 2 key-value heads nor is a multiple",
+        ),
+        (["parallel.pipeline=2"], "parallel.pipeline=2: does not divide the model's 3 layers"),
+    ],
+)
+def test_model_that_the_layout_cannot_cut(overrides: list[str], start: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_model(config(*overrides), heads=6, kv_heads=2, layers=3, vocab=100)
+    assert str(caught.value).startswith(start)
+
+
+def test_key_value_heads_may_be_copied() -> None:
+    check_model(config("parallel.tensor=6"), heads=6, kv_heads=2, layers=3, vocab=100)
