@@ -1,4 +1,4 @@
-"""One micro-batch as the models read it: trajectories laid end to end, and where their responses are scored."""
+"""One micro-batch as the models read it: trajectories end to end, and where they are scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_oreal.parallel.cuda_on_cpu import compute_device
-from megatron_oreal.types import PackedBatch, Trajectory
+from megatron_oreal.types import PackedBatch
 
 ScorePosition = Literal["before", "at"]
 
@@ -68,22 +68,11 @@ def lay_out(
             [torch.full((t.response_length,), i) for i, t in enumerate(chosen)], torch.int64
         ).to(device),
         rewards=torch.tensor([t.reward for t in chosen], dtype=torch.float32, device=device),
-        fields={name: values.to(device) for name, values in _fields(batch, indices, chosen)},
+        fields={
+            name: _concatenate([values[i] for i in indices], torch.float32).to(device)
+            for name, values in batch.fields.items()
+        },
     )
-
-
-def _fields(
-    batch: PackedBatch, indices: Sequence[int], chosen: Sequence[Trajectory]
-) -> list[tuple[str, torch.Tensor]]:
-    """The batch's per-token fields, and each trajectory's own reward and advantage at every token."""
-    fields = [
-        (name, _concatenate([values[i] for i in indices], torch.float32))
-        for name, values in batch.fields.items()
-    ]
-    for name in ("reward", "advantage"):
-        spread = [torch.full((t.response_length,), getattr(t, name)) for t in chosen]
-        fields.append((name, _concatenate(spread, torch.float32)))
-    return fields
 
 
 def _packed_seq_params(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:

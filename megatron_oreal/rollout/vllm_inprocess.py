@@ -1,0 +1,287 @@
+"""vLLM inside the training ranks: `external_launcher`, one engine every `tensor_parallel` ranks.
+
+1. Rank r belongs to engine r // tp. The ranks of one engine each run vLLM's scheduler and stay in
+   step because they add the same requests in the same order, each with its own seed, and nothing is
+   aborted or timed.
+2. Token ids go in and come out; the caller's tokenizer decodes them, vLLM loads none.
+3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.parallel.collectives import world_rank, world_size
+from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+from megatron_oreal.rollout.dealing import deal
+from megatron_oreal.rollout.exchange import all_gather_rollouts
+from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
+from megatron_oreal.types import Rollout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vllm import RequestOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
+    from megatron_oreal.rollout.engine import Advance, Request
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_GIB = 1 << 30
+_PREFILL_TOKENS = 8192  # at least so many prompt tokens a step
+
+
+class VllmInProcess:
+    """The rollout backend whose engines live in the training ranks; `RolloutEngine` is the contract."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        precision: Precision,
+        max_total_tokens: int,
+        stop_token_id: int,
+        decode: Callable[[Sequence[int]], str],
+        verbose: bool = False,
+    ) -> None:
+        """Starts this rank's part of its engine; collective over the world.
+
+        Args:
+            model_path: Hugging Face folder, read by every rank.
+            config: the `rollout` section.
+            precision: of weights and KV cache.
+            max_total_tokens: the longest prompt and response together that will be asked for.
+            stop_token_id: the only token that ends a response.
+            decode: response ids -> text, without special tokens.
+            verbose: lets vLLM log.
+
+        Raises:
+            UserError: if vLLM is missing or refuses the configuration, or TP does not divide the world.
+        """
+        tp = config.tensor_parallel
+        if world_size() % tp != 0:
+            raise UserError(
+                f"rollout.tensor_parallel={tp}: set a divisor of the {world_size()} ranks"
+            )
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("rollout.backend=vllm: vLLM is not installed; see README, Install")
+        self._n_engines, self._engine = world_size() // tp, world_rank() // tp
+        self._speaks = world_rank() % tp == 0
+        self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
+        self._stop_token_id, self._decode = stop_token_id, decode
+        with process_state_kept(_environment(verbose)), _quiet(verbose):
+            self._llm = _start(model_path, config, precision, max_total_tokens)
+        tied = self._llm.model_config.hf_config.tie_word_embeddings
+        self._names = _tensor_names(model_path) - ({_HEAD} if tied else set())
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
+    ) -> list[Rollout]:
+        """Samples one response a request; see `RolloutEngine.generate`."""
+        budgets = [self._budget(request, sampling) for request in requests]
+        lengths = [len(r.tokens) + n for r, n in zip(requests, budgets, strict=True)]
+        own = deal(lengths, self._n_engines)[self._engine]
+        progress = _Progress(len(own), len(requests), advance)
+        rollouts: dict[int, Rollout] = {}
+        with random_state_kept(), self._compilation():
+            for index in own:
+                self._add(index, requests[index], sampling, budgets[index])
+            while self._llm.has_unfinished_requests():
+                for output in self._llm.step():
+                    rollouts[int(output.request_id)] = self._rollout(output)
+                    progress.report(len(rollouts))
+        gathered = all_gather_rollouts(rollouts if self._speaks else {}, len(requests))
+        progress.finish()
+        return gathered
+
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Replaces all weights; see `RolloutEngine.load_weights`.
+
+        vLLM keeps a tensor until its layer is complete. Tied embeddings come once, as in the
+        checkpoint; the head's copy of them, which vLLM packs on a CPU, is served from here.
+        """
+        names: set[str] = set()
+        self._llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": self._with_tied_head(tensors, names)}
+        )
+        if names != self._names:
+            missing, unknown = sorted(self._names - names), sorted(names - self._names)
+            raise ValueError(f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}")
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: a request is still running")
+
+    def close(self) -> None:
+        """Frees the engine; collective over the world, whose process group stays."""
+        with _world_kept():
+            self._llm.engine_core.shutdown()
+        del self._llm
+
+    def _compilation(self) -> contextlib.AbstractContextManager[object]:
+        # vLLM's sampler compiles even in eager mode: on a CPU that asks for a C++ compiler, and is slower.
+        if self._eager and not has_gpu():
+            return torch.compiler.set_stance("force_eager")
+        return contextlib.nullcontext()
+
+    def _with_tied_head(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], names: set[str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        embedding = None
+        for name, tensor in tensors:
+            names.add(name)
+            if name == _EMBEDDING:
+                embedding = tensor
+            yield name, tensor
+        if embedding is not None and _HEAD not in self._names:
+            yield _HEAD, embedding
+
+    def _budget(self, request: Request, sampling: SamplingConfig) -> int:
+        window = min(sampling.max_total_tokens, self._max_total_tokens)
+        room = window - len(request.tokens)
+        if room < 1:
+            raise UserError(
+                f"sampling.max_total_tokens={window}: a prompt of {len(request.tokens)} tokens leaves "
+                "no room for a response; raise it or drop the prompt"
+            )
+        return min(sampling.max_new_tokens, room)
+
+    def _add(self, index: int, request: Request, sampling: SamplingConfig, budget: int) -> None:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            seed=request.seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=budget,
+            stop_token_ids=[self._stop_token_id],
+            ignore_eos=True,  # the stop token above is the only one
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.tokens))
+        self._llm.add_request(str(index), prompt, parameters)
+
+    def _rollout(self, output: RequestOutput) -> Rollout:
+        (answer,) = output.outputs
+        tokens = tuple(answer.token_ids)
+        return Rollout(
+            tokens=tokens,
+            logprobs=tuple(answer.logprobs.logprobs),
+            text=self._decode(tokens),
+            stopped=answer.finish_reason == "stop",
+        )
+
+
+class _Progress:
+    """Turns one engine's finished requests into an estimate for all, exact at the end."""
+
+    def __init__(self, n_own: int, n_all: int, advance: Advance) -> None:
+        self._n_own, self._n_all, self._advance = n_own, n_all, advance
+        self._told = 0
+
+    def report(self, n_done: int) -> None:
+        """Takes the number of own requests that are done."""
+        self._tell(self._n_all * n_done // self._n_own)
+
+    def finish(self) -> None:
+        """Takes that all ranks are done."""
+        self._tell(self._n_all)
+
+    def _tell(self, total: int) -> None:
+        if total > self._told:
+            self._advance(total - self._told)
+            self._told = total
+
+
+def _environment(verbose: bool) -> dict[str, str]:
+    """What vLLM reads while it starts; `external_launcher` asks for ranks that torch already knows."""
+    rank = str(world_rank())
+    return {
+        "RANK": rank,
+        "LOCAL_RANK": str(torch.cuda.current_device()) if has_gpu() else rank,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Keeps start-up warnings of vLLM and of what it imports off the console."""
+    if verbose:
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _start(
+    model_path: str, config: RolloutConfig, precision: Precision, max_total_tokens: int
+) -> LLMEngine:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = EngineArgs(
+        model=model_path,
+        skip_tokenizer_init=True,
+        dtype=_DTYPES[precision],
+        max_model_len=max_total_tokens,
+        max_num_seqs=config.max_sequences,
+        # A split prompt would step its seeded generator with no token to show; on a CPU it fails.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(max_total_tokens, config.max_sequences, _PREFILL_TOKENS),
+        tensor_parallel_size=config.tensor_parallel,
+        distributed_executor_backend="external_launcher",
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=None if has_gpu() else config.kv_cache_gib * _GIB,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="raw_logprobs",
+        generation_config="vllm",  # or the model's own sampling defaults and end tokens come in
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+        seed=0,
+    )
+    try:
+        return LLMEngine.from_engine_args(arguments)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"rollout: vLLM refuses {model_path} with it: {reason}") from error
+
+
+def _tensor_names(folder: str) -> set[str]:
+    names: set[str] = set()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+@contextlib.contextmanager
+def _world_kept() -> Iterator[None]:
+    """Lets vLLM destroy the process groups that it made, and not the world that it was lent."""
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
