@@ -6,7 +6,7 @@ It knows no ranks: whoever deals answers to ranks sees to it that each is judged
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from megatron_oreal.types import Outcome, Verdict
 from megatron_oreal.verify.extract import extract_answer
@@ -46,7 +46,7 @@ class Verifier:
             wall_deadline_s=config.wall_deadline_s,
         )
 
-    def __enter__(self) -> Verifier:
+    def __enter__(self) -> Self:
         """Returns the verifier."""
         return self
 

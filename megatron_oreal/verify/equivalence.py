@@ -45,8 +45,8 @@ _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _SPACE = re.compile(r"\s+")
 _GROUPED_DIGITS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d ])")
 _POWER_OF_TEN = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\d.A-Za-z])")
-# Two numbers side by side, which math-verify adds; `3 1/2` is a mixed number.
-_SIDE_BY_SIDE = re.compile(r"\d \d+(?![\d/]| /)")
+_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
+_SIDE_BY_SIDE = re.compile(r"(?<!\\frac )\d \d")  # math-verify would add the two numbers
 _WORD = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
 _PLAIN_ARITHMETIC = re.compile(r"[0-9+\-*/^().,= ]{0,64}")
@@ -75,11 +75,12 @@ def compare(pair: Pair) -> Comparison:
 
 
 def clean(latex: str) -> str:
-    """Returns the answer without layout, with signs, boxes and fractions spelt in one way."""
+    """Returns the answer without layout, with signs, boxes and numbers spelt in one way."""
     latex = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], latex)
     latex = _SIZED_FRACTION.sub(r"\\frac", _BOX.sub("{", latex))
     latex = _SPACE.sub(" ", _LAYOUT.sub(" ", latex)).strip().removesuffix(".").strip()
     latex = _GROUPED_DIGITS.sub(lambda match: match[0].replace(" ", ""), latex)
+    latex = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", latex)
     return _POWER_OF_TEN.sub(r" \\times 10^{\1}", latex)
 
 

@@ -46,5 +46,6 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(response: str, thinking_end_markers: Sequence[str]) -> str | None:
-    """Returns the answer that a response gives, or None."""
-    return last_boxed(text_to_judge(response, thinking_end_markers))
+    """Returns the answer that a response gives, or None; lone surrogates become question marks."""
+    answer = last_boxed(text_to_judge(response, thinking_end_markers))
+    return None if answer is None else answer.encode("utf-8", "replace").decode("utf-8")

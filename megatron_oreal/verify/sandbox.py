@@ -12,12 +12,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.types import Outcome
 from megatron_oreal.verify.protocol import MAX_TEXT_CHARS, Comparison, Pair
-from megatron_oreal.verify.worker_process import WorkerProcess
+from megatron_oreal.verify.worker_process import WorkerProcess, WorkerStartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WORKER_MEMORY_BYTES = 2 << 30
 _SPARES = 1
+_MAX_FAILED_STARTS = 3  # in a row: the installation is broken, not one worker unlucky
 
 
 @dataclass
@@ -65,11 +66,12 @@ class WorkerPool:
         self._workers = workers
         self._limits = (cpu_deadline_s, wall_deadline_s, memory_bytes)
         self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
         self._processes: list[WorkerProcess] = []
         for _ in range(workers + _SPARES):
             self._start()
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> Self:
         """Returns the pool."""
         return self
 
@@ -100,7 +102,7 @@ class WorkerPool:
             progress: called with the number of pairs done so far, after each.
 
         Raises:
-            RuntimeError: the workers cannot start.
+            WorkerStartError: the workers cannot start.
         """
         batch = _Batch(pairs)
         try:
@@ -135,7 +137,6 @@ class WorkerPool:
             if not batch.waiting or self._busy() >= self._workers:
                 return
             if process.dead:
-                process.kill()
                 self._replace(process)
                 continue
             item = batch.waiting.popleft()
@@ -149,16 +150,29 @@ class WorkerPool:
         now = time.monotonic()
         for process in list(self._processes):
             item = process.item
-            if process in spoken:
-                comparison = process.receive()
-            elif not process.idle and process.deadline <= now:
-                comparison = process.overran()
-            else:
+            if process not in spoken and (process.idle or process.deadline > now):
                 continue
+            comparison = self._hear(process, overran=process not in spoken)
             if process.dead:
                 self._replace(process)
             if item is not None and comparison is not None:
                 yield item, comparison
+
+    def _hear(self, process: WorkerProcess, *, overran: bool) -> Comparison | None:
+        """Returns what a worker said, or how it ended, of the pair it held.
+
+        Raises:
+            WorkerStartError: several starts in a row have failed.
+        """
+        try:
+            comparison = process.overran() if overran else process.receive()
+        except WorkerStartError:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise
+            return None
+        self._failed_starts = 0
+        return comparison
 
     def _start(self) -> None:
         process = WorkerProcess(*self._limits)
@@ -166,7 +180,8 @@ class WorkerPool:
         self._selector.register(process, selectors.EVENT_READ)
 
     def _replace(self, process: WorkerProcess) -> None:
-        """Forgets a worker that is dead and starts another."""
+        """Buries a worker and starts another."""
         self._selector.unregister(process)
+        process.kill()
         self._processes.remove(process)
         self._start()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import megatron_oreal
@@ -23,7 +24,12 @@ from megatron_oreal.verify.protocol import (
 
 START_DEADLINE_S = 120.0  # imports from a busy network file system
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH")  # what python itself may need to start
+_LAST_BREATH_S = 1.0  # between the end of the pipe and the end of the process
 _CPU_SIGNALS = (signal.SIGPROF, signal.SIGXCPU)
+
+
+class WorkerStartError(RuntimeError):
+    """A worker ended, or its time was up, before it could take a pair."""
 
 
 class WorkerProcess:
@@ -77,10 +83,8 @@ class WorkerProcess:
         self.item = item
         self._sent_at = time.monotonic()
         self.deadline = self._sent_at + self._wall_deadline_s
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(encode_request(item, pair))
-        except BrokenPipeError:
-            self._process.wait()
 
     def receive(self) -> Comparison | None:
         """Reads what there is and returns the comparison of the pair it holds, if that is complete.
@@ -89,7 +93,7 @@ class WorkerProcess:
         when `fileno` is readable.
 
         Raises:
-            RuntimeError: it died before it was ready: the installation is broken.
+            WorkerStartError: it died before it was ready.
         """
         chunk = os.read(self.fileno(), MAX_REPLY_BYTES)
         self._received += chunk
@@ -115,11 +119,11 @@ class WorkerProcess:
         """Kills a worker whose deadline has passed.
 
         Raises:
-            RuntimeError: it was still starting.
+            WorkerStartError: it was still starting.
         """
         if not self.ready:
             self.kill()
-            raise RuntimeError(f"a verification worker was not ready after {START_DEADLINE_S:g} s")
+            raise WorkerStartError(f"a worker was not ready after {START_DEADLINE_S:g} s")
         return self.give_up(f"more than {self._wall_deadline_s:g} s of wall time")
 
     def kill(self) -> None:
@@ -148,8 +152,12 @@ class WorkerProcess:
             assert self._process.stderr is not None
             self._process.kill()
             last_words = self._process.stderr.read().decode(errors="replace").strip()[-2000:]
-            raise RuntimeError(f"a verification worker could not start: {last_words}")
-        code = self._process.wait()
+            self.kill()
+            raise WorkerStartError(f"a verification worker could not start: {last_words}")
+        try:
+            code = self._process.wait(_LAST_BREATH_S)
+        except subprocess.TimeoutExpired:
+            return self.give_up("it closed its pipe")
         if -code in _CPU_SIGNALS:
             return self.give_up(f"more than {self._cpu_deadline_s:g} s of processor time")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
