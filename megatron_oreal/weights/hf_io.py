@@ -115,7 +115,7 @@ class HfCheckpoint:
             self._refuse(f"{INDEX_FILE} is not an index of safetensors ({error})")
         files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(file).name != file or Path(file).suffix != ".safetensors":
                 self._refuse(f"{INDEX_FILE} names {file!r}, which is not a file of the folder")
             files[file] = (files.get(file) or set()) | {name}
         return files

@@ -128,7 +128,9 @@ def _check_shape(
         other == (*local_shape[:cut], *local_shape[cut + 1 :]) for other in other_dims
     )
     lines = local_shape[cut] * ranks if len(local_shape) > cut else 0
-    if not same_others or not (lines == total or (kind == "vocab" and lines > total)):
+    fits = lines == total or (kind == "vocab" and lines > total)
+    halves_cut = kind != "gate_up" or all(shape[cut] % ranks == 0 for shape in shapes)
+    if not (same_others and fits and halves_cut):
         raise ValueError(
             f"{key}: local shape {local_shape} at tensor-parallel size {tensor_size} does "
             f"not fit Hugging Face {shapes} ({kind})"

@@ -1,8 +1,9 @@
-"""Weights over real ranks: Hugging Face -> Megatron shards -> Hugging Face, bitwise, in every layout."""
+"""Weights over real ranks: Hugging Face -> Megatron -> Hugging Face, bitwise, in every layout."""
 
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,16 @@ def failing_export(folder: Path, out: Path) -> tuple[str, int]:
     return str(caught.value), int(alive)
 
 
+def export_to_a_disk_that_fills(folder: Path, out: Path) -> tuple[str, int]:
+    """Lets no file grow beyond the small ones, so that a shard in mid-stream fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_ROUND, limits[1]))
+    try:
+        return failing_export(folder, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def stream_of_half_a_model() -> str:
     place, shard = my_shard(DIMS, torch.float32)
     shard.pop("decoder.final_layernorm.weight", None)
@@ -118,10 +129,11 @@ def flipped_bit_is_seen(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("dims", [DIMS, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize(("size", "tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_rank_gets_every_tensor_bitwise(
-    ranks: RankPools, tmp_path: Path, dims: ModelDims, size: int, tp: int, pp: int
+    ranks: RankPools, tmp_path: Path, dims: ModelDims, layout: tuple[int, int, int]
 ) -> None:
+    size, tp, pp = layout
     folder = write_hf(tmp_path / "hf", dims, random_hf(dims))
     costs = ranks(size).run(stream_everywhere, folder, torch.float32, tp=tp, pp=pp)
     rounds, moved = costs[0]
@@ -136,10 +148,11 @@ def test_bfloat16_travels_as_it_is(ranks: RankPools, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dims", [DIMS, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize(("size", "tp", "pp"), [(1, 1, 1), (4, 2, 2), (4, 4, 1)])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (4, 2, 2), (4, 4, 1)], ids=str)
 def test_an_export_is_bitwise_the_import(
-    ranks: RankPools, tmp_path: Path, dims: ModelDims, size: int, tp: int, pp: int
+    ranks: RankPools, tmp_path: Path, dims: ModelDims, layout: tuple[int, int, int]
 ) -> None:
+    size, tp, pp = layout
     hf = random_hf(dims)
     folder = write_hf(tmp_path / "hf", dims, hf)
     out = tmp_path / "out"
@@ -168,6 +181,17 @@ def test_an_export_that_cannot_be_named_leaves_nothing(ranks: RankPools, tmp_pat
     refusals = ranks(2).run(failing_export, folder, tmp_path / "file" / "out", tp=2)
     assert refusals == [refusals[0]] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "hf"]
+
+
+def test_an_export_that_fails_midway_ends_alike_and_leaves_nothing(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    folder = write_hf(tmp_path / "hf", DIMS, random_hf(DIMS))
+    refusals = ranks(2).run(export_to_a_disk_that_fills, folder, tmp_path / "out", tp=2)
+    assert refusals == [refusals[0]] * 2
+    assert "File too large" in refusals[0][0]
+    assert refusals[0][1] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_ranks_that_do_not_make_up_a_model_are_refused_alike(ranks: RankPools) -> None:
