@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from vllm import RequestOutput
+    from vllm.logprobs import FlatLogprobs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
     from megatron_oreal.rollout.engine import Advance, Request
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_DTYPES: dict[Precision, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 _GIB = 1 << 30
 _PREFILL_TOKENS = 8192  # at least so many prompt tokens a step
 
 
 class VllmInProcess:
-    """The rollout backend whose engines live in the training ranks; `RolloutEngine` is the contract."""
+    """The backend whose engines live in the training ranks; `RolloutEngine` is its contract."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class VllmInProcess:
             verbose: lets vLLM log.
 
         Raises:
-            UserError: if vLLM is missing or refuses the configuration, or TP does not divide the world.
+            UserError: vLLM is missing or refuses the configuration; TP does not divide the world.
         """
         tp = config.tensor_parallel
         if world_size() % tp != 0:
@@ -99,7 +100,7 @@ class VllmInProcess:
             for index in own:
                 self._add(index, requests[index], sampling, budgets[index])
             while self._llm.has_unfinished_requests():
-                for output in self._llm.step():
+                for output in cast("list[RequestOutput]", self._llm.step()):
                     rollouts[int(output.request_id)] = self._rollout(output)
                     progress.report(len(rollouts))
         gathered = all_gather_rollouts(rollouts if self._speaks else {}, len(requests))
@@ -129,7 +130,7 @@ class VllmInProcess:
         del self._llm
 
     def _compilation(self) -> contextlib.AbstractContextManager[object]:
-        # vLLM's sampler compiles even in eager mode: on a CPU that asks for a C++ compiler, and is slower.
+        # The sampler compiles even in eager mode: on a CPU that needs a C++ compiler and is slower.
         if self._eager and not has_gpu():
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
@@ -151,8 +152,8 @@ class VllmInProcess:
         room = window - len(request.tokens)
         if room < 1:
             raise UserError(
-                f"sampling.max_total_tokens={window}: a prompt of {len(request.tokens)} tokens leaves "
-                "no room for a response; raise it or drop the prompt"
+                f"sampling.max_total_tokens={window}: a prompt of {len(request.tokens)} tokens "
+                "leaves no room for a response; raise it or drop the prompt"
             )
         return min(sampling.max_new_tokens, room)
 
@@ -178,9 +179,10 @@ class VllmInProcess:
     def _rollout(self, output: RequestOutput) -> Rollout:
         (answer,) = output.outputs
         tokens = tuple(answer.token_ids)
+        logprobs = cast("FlatLogprobs", answer.logprobs).logprobs
         return Rollout(
             tokens=tokens,
-            logprobs=tuple(answer.logprobs.logprobs),
+            logprobs=tuple(logprobs),
             text=self._decode(tokens),
             stopped=answer.finish_reason == "stop",
         )
@@ -208,7 +210,7 @@ class _Progress:
 
 
 def _environment(verbose: bool) -> dict[str, str]:
-    """What vLLM reads while it starts; `external_launcher` asks for ranks that torch already knows."""
+    """What vLLM reads while it starts; `external_launcher` asks for ranks that torch knows."""
     rank = str(world_rank())
     return {
         "RANK": rank,
