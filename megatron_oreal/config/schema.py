@@ -97,7 +97,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         at_least(self, 1, "samples_per_question", "max_new_tokens", "max_total_tokens")
-        above_zero(self, "temperature")
+        at_least(self, 0, "temperature")  # 0 is greedy; training refuses it in validate.py
         positive_share(self, "top_p")
 
 

@@ -45,6 +45,17 @@ def check_layout(config: Config, world_size: int) -> None:
             f"Invalid parallel dims: {shown} does not divide WORLD_SIZE({world_size}): "
             f"change parallel.* or start a multiple of {prod(degrees.values())} ranks"
         )
+    fix = "context parallelism is not there yet; set it to 1"
+    require(layout.context == 1, "parallel.context", layout.context, fix)
+    check_engines(config, world_size)
+
+
+def check_engines(config: Config, world_size: int) -> None:
+    """Checks that the rollout engines fill `world_size` ranks.
+
+    Raises:
+        UserError: naming the engine's tensor parallelism and WORLD_SIZE.
+    """
     engine = config.rollout.tensor_parallel
     require(
         world_size % engine == 0,
@@ -108,6 +119,13 @@ def _check_groups(config: Config) -> None:
         "sampling.samples_per_question",
         samples,
         f"oreal.shaping={oreal.shaping} compares the samples of a question; set 2 or more",
+    )
+    temperature = config.sampling.temperature
+    require(
+        temperature > 0,
+        "sampling.temperature",
+        temperature,
+        "draws the same response each time; set a number above 0",
     )
 
 
