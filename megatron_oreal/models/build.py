@@ -29,6 +29,8 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 class PackedGPT(GPTModel):
     """A `GPTModel` over packed sequences that ends with its hidden states; heads are applied to them outside."""
 
+    has_vocab_head = True
+
     @staticmethod
     def packed_inputs(tokens: torch.Tensor, packed: PackedSeqParams) -> dict[str, Any]:
         """Returns the arguments of `forward` for packed tokens `[t]`.
@@ -129,6 +131,7 @@ def build_model(
             position_embedding_type="rope",
             rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType]  a float does
         )
+        model.has_vocab_head = head == "vocab"
         if head == "scalar" and topology.is_last_stage:
             model.output_layer = ScalarHead(config, seed)
         return model.to(compute_device())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_oreal.config.errors import UserError
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 
 
@@ -83,3 +86,19 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 def broadcast_bytes(payload: bytes, source: int = 0) -> bytes:
     """Returns the source rank's payload on every rank; collective over the world."""
     return all_gather_bytes(payload if world_rank() == source else b"")[source]
+
+
+@contextlib.contextmanager
+def agree() -> Iterator[None]:
+    """Raises on every rank the `UserError` that the block raised on any; collective over the world.
+
+    For checks that ranks may answer differently: what one rank refuses, all refuse alike.
+    """
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    found = [text.decode() for text in all_gather_bytes(problem.encode()) if text]
+    if found:
+        raise UserError(found[0])

@@ -88,7 +88,12 @@ class Evaluator:
         self, sampling: SamplingConfig, iteration: int, advance: Progress
     ) -> list[RolloutGroup]:
         groups = generate_groups(
-            self._engine, self.prompts, sampling, self.config.run.seed, iteration, advance
+            self._engine,
+            self.prompts,
+            sampling,
+            seed=self.config.run.seed,
+            iteration=iteration,
+            advance=advance,
         )
         return judge_groups(self._verifier, groups)
 

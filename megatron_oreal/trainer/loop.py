@@ -4,15 +4,126 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_oreal.algorithm import objectives, selection, shaping
+from megatron_oreal.algorithm.rollout_diagnostics import mismatch_metrics
 from megatron_oreal.algorithm.schedule import policy_is_frozen
 from megatron_oreal.algorithm.token_weights import token_weights, uniform_weights
+from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.sampler import PromptSampler
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
+from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.groups import generate_groups
+from megatron_oreal.rollout.weight_sync import WeightSync
+from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.judging import judge_groups
-from megatron_oreal.types import PackedBatch, Trajectory
+from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.types import PackedBatch, Prompt, RolloutGroup
+from megatron_oreal.verify.cascade import Verifier
 
+
+@dataclass
+class OrealLoop:
+    """One iteration of OREAL; every rank runs the same lines, all calls collective over the world."""
+
+    config: Config
+    prompts: PromptSampler
+    rollouts: RolloutEngine
+    verifier: Verifier
+    packer: Packer
+    policy: Policy
+    reference: Reference
+    token_rm: TokenRewardModel | None
+    weight_sync: WeightSync
+    rates: Rates
+    journal: Journal
+    engine_checked: bool = False
+
+    def iterate(self, iteration: int) -> None:
+        """Samples, judges, and, where any question is neither solved nor failed throughout, learns."""
+        cfg, journal = self.config, self.journal
+        prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
+        groups = self._generate(prompts, iteration)  # l. 5
+        groups = self._judge(groups)  # l. 6
+        journal.groups(groups)
+        groups, dropped = shaping.drop_unverified(
+            groups, cfg.verifier.max_unverified_share, cfg.verifier.unverified_is_incorrect
+        )
+        groups = shaping.shape_rewards(groups, cfg.oreal)  # l. 7
+        trajectories = selection.select(groups, cfg.oreal, cfg.run.seed, iteration)  # l. 8-9
+        batch = self.packer.pack(trajectories)
+        if trajectories:
+            self._check_engine(batch)
+            weights = self._weigh(batch, iteration)  # l. 10-11
+            batch = self._update(batch, weights, iteration)  # l. 12
+        journal.add({"rollout/dropped_groups": dropped, "oreal/trajectories": len(trajectories)})
+        journal.transcripts(iteration, groups, batch)
+        journal.write(iteration)
+
+    def _generate(self, prompts: list[Prompt], iteration: int) -> list[RolloutGroup]:
+        sampling = self.config.sampling
+        responses = len(prompts) * sampling.samples_per_question
+        with self.journal.phase("generate", responses, "responses") as advance:
+            return generate_groups(
+                self.rollouts, prompts, sampling, self.config.run.seed, iteration, advance
+            )
+
+    def _judge(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        answers = sum(len(group.rollouts) for group in groups)
+        with self.journal.phase("verify", answers, "answers") as advance:
+            return judge_groups(self.verifier, groups, advance)
+
+    def _check_engine(self, batch: PackedBatch) -> None:
+        """Refuses to train, once, if policy and engine score the same tokens too differently."""
+        if self.engine_checked:
+            return
+        with self.journal.phase("check"):
+            logprobs = self.policy.logprobs(batch).logprobs
+        sampled = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
+        mean = mismatch_metrics(logprobs, sampled)["rollout/mismatch_mean"]
+        bound = self.config.rollout.max_mean_logprob_difference
+        if not mean <= bound:
+            raise UserError(
+                f"rollout.max_mean_logprob_difference={bound}: policy and rollout engine differ by"
+                f" {mean:.3g} a token on the same weights; make their precisions alike or raise it"
+            )
+        self.engine_checked = True
+
+    def _weigh(self, batch: PackedBatch, iteration: int) -> list[Tensor]:
+        """Token weights from the scores of the forward before the token_rm's own step (Eq. 12)."""
+        if self.token_rm is None:
+            return uniform_weights([t.response_length for t in batch.trajectories])
+        objective = objectives.token_rm_objective(len(batch.trajectories))
+        rate = self.rates.token_rm(iteration)
+        with self.journal.phase("token_rm"):
+            step = self.token_rm.step(batch, objective, rate)
+        self.rates.token_rm_updates += 1
+        self.journal.token_rm(batch, step, rate)
+        rewards = [t.reward for t in batch.trajectories]
+        return token_weights(step.scores, rewards, self.config.oreal.token_weights)
+
+    def _update(self, batch: PackedBatch, weights: list[Tensor], iteration: int) -> PackedBatch:
+        """One step down Eq. 11, and the new weights to the engines; nothing moves while frozen."""
+        with self.journal.phase("reference"):
+            reference = self.reference.logprobs(batch).logprobs
+        trajectories = batch.trajectories
+        batch = batch.with_fields(**objectives.policy_fields(trajectories, weights, reference))
+        objective = objectives.policy_objective(
+            self.config.oreal, *objectives.count_tokens(trajectories)
+        )
+        frozen = policy_is_frozen(iteration, self.config.schedule)
+        rate = self.rates.policy(iteration)
+        with self.journal.phase("policy"):
+            step = (
+                self.policy.logprobs(batch) if frozen else self.policy.step(batch, objective, rate)
+            )
+        self.journal.policy(batch, step, rate)
+        if not frozen:
+            self.rates.policy_updates += 1
+            with self.journal.phase("sync"):
+                self.weight_sync.push()
+        return batch

@@ -51,8 +51,8 @@ def test_exponents_without_a_dot_are_numbers() -> None:
     [
         ("oreal.kl=k9", "oreal.kl=k9 (override): expected one of k1, k2, k3"),
         (
-            "sampling.temprature=1",
-            "sampling.temprature=1 (override): no such key; did you mean sampling.temperature?",
+            "sampling.top_q=1",
+            "sampling.top_q=1 (override): no such key; did you mean sampling.top_p?",
         ),
         (
             "kl_coefficient=1",

@@ -1,0 +1,85 @@
+"""The folder of a run, and the one way in which whole files are written into it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.monitor.metrics import to_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, even if the machine fails; UTF-8."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name lasts only once its folder does
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where everything of a run lies; nothing is made before `create`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of the run as it last started."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One line of JSON per iteration and evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """Transcripts, one file an iteration."""
+        return self.root / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a run resumes from."""
+        return self.root / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """Hugging Face checkpoints."""
+        return self.root / "hf"
+
+    @property
+    def summary(self) -> Path:
+        """The result of the run."""
+        return self.root / "summary.json"
+
+    def create(self, config_yaml: str, *, resume: bool = False) -> None:
+        """Makes the folders and writes the config; on one rank only, not collective.
+
+        Raises:
+            UserError: if the folder holds a run and `resume` is false, or cannot be made.
+        """
+        if not resume and self.metrics.exists():
+            raise UserError(f"run.folder={self.root}: holds a run already; name another folder")
+        try:
+            for folder in (self.rollouts, self.checkpoints, self.hf):
+                folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.config, config_yaml)
+        except OSError as error:
+            fix = f"cannot be written ({error.strerror}); name another folder"
+            raise UserError(f"run.folder={self.root}: {fix}") from error
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, replacing what was there; on one rank only."""
+        atomic_write_text(self.summary, to_json(summary, indent=2) + "\n")

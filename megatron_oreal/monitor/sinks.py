@@ -1,0 +1,156 @@
+"""Where metrics go: a file of JSON lines, the console, wandb; only one rank opens any."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_oreal.monitor.metrics import Kind, to_json
+from megatron_oreal.monitor.wandb_sink import WandbSink
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from megatron_oreal.config.schema import Config
+    from megatron_oreal.monitor.run_folder import RunFolder
+
+# (metric, label on the console, format), the most telling first: what does not fit is left out
+COLUMNS = (
+    ("rollout/pass_rate", "pass", ".3f"),
+    ("oreal/loss", "loss", ".4g"),
+    ("sft/loss", "loss", ".4g"),
+    ("token_rm/loss", "rm", ".4g"),
+    ("token_rm/accuracy", "rm acc", ".2f"),
+    ("oreal/kl_k3", "kl", ".2g"),
+    ("oreal/entropy", "H", ".3f"),
+    ("rollout/response_length_mean", "len", ".0f"),
+    ("time/iteration_s", "s", ".1f"),
+    ("rollout/mismatch_mean", "mismatch", ".1e"),
+)
+EVAL_PREFIX = "eval/"
+WIDTH = 120
+
+
+class Sink(Protocol):
+    """Takes the metrics of one iteration or evaluation."""
+
+    def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
+        """Writes them; may be called more than once for an iteration after a resume."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is pending; nothing is written afterwards."""
+        ...
+
+
+class Sinks:
+    """Writes to several sinks in turn; a sink itself, silent where it holds none."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
+        """Writes to each sink, in order."""
+        for sink in self._sinks:
+            sink.write(iteration, metrics, kind)
+
+    def close(self) -> None:
+        """Closes each sink, in order."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class JsonlSink:
+    """Appends one line of strict JSON a call, on the disk when `write` returns.
+
+    A line that a killed run left half written is cut off when the file is opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b")
+        self._cut_torn_line()
+
+    def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
+        """Appends `{"kind": ..., "iteration": ..., <name>: <value>...}`."""
+        line = to_json({"kind": kind, "iteration": iteration, **metrics})
+        self._file.write(f"{line}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _cut_torn_line(self) -> None:
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+
+class ConsoleSink:
+    """Prints one line an iteration, at most 120 columns wide."""
+
+    def __init__(self, iterations: int, console: Console) -> None:
+        self._iterations = iterations
+        self._console = console
+
+    def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
+        """Prints the metrics of `COLUMNS` that were measured; of an evaluation, all its own."""
+        columns = COLUMNS if kind == "train" else _eval_columns(metrics)
+        line = summary_line(iteration, self._iterations, metrics, columns, kind)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Has nothing pending."""
+
+
+def summary_line(
+    iteration: int,
+    iterations: int,
+    metrics: Mapping[str, float],
+    columns: Sequence[tuple[str, str, str]] = COLUMNS,
+    kind: Kind = "train",
+) -> str:
+    """Returns the console line; columns that were not measured or do not fit are left out."""
+    width = len(str(iterations))
+    line = f"{kind:5} {iteration:{width}d}/{iterations}"
+    for name, label, form in columns:
+        cell = f"  {label} {metrics[name]:{form}}" if name in metrics else ""
+        if len(line) + len(cell) <= WIDTH:
+            line += cell
+    return line
+
+
+def open_sinks(
+    config: Config, folder: RunFolder, console: Console, *, steps: int, enabled: bool
+) -> Sinks:
+    """Opens every sink the config asks for, or none where `enabled` is false; not collective.
+
+    Args:
+        config: of the run.
+        folder: of the run, made before.
+        console: shared with the progress bars.
+        steps: how many lines a whole run has.
+        enabled: true on one rank only.
+
+    Raises:
+        UserError: if wandb is asked for and cannot be had.
+    """
+    if not enabled:
+        return Sinks([])
+    sinks: list[Sink] = [
+        JsonlSink(folder.metrics),
+        ConsoleSink(steps, console),
+    ]
+    mode, project = config.monitor.wandb, config.monitor.wandb_project
+    if mode != "disabled":
+        sinks.append(WandbSink(folder.root, mode, project, config.run.name, asdict(config)))
+    return Sinks(sinks)
+
+
+def _eval_columns(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    own = [name for name in metrics if name.startswith(EVAL_PREFIX)]
+    return [(name, name.removeprefix(EVAL_PREFIX), ".3g") for name in own]

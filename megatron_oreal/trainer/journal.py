@@ -1,0 +1,139 @@
+"""What a run says of itself: phases with progress and seconds, metrics, transcripts, a summary."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_oreal.algorithm import diagnostics, rollout_diagnostics
+from megatron_oreal.config.load import resolve_config_yaml
+from megatron_oreal.config.schema import Config
+from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
+from megatron_oreal.monitor.metrics import Kind
+from megatron_oreal.monitor.progress import Progress
+from megatron_oreal.monitor.run_folder import RunFolder
+from megatron_oreal.monitor.sinks import open_sinks
+from megatron_oreal.monitor.timers import Timers
+from megatron_oreal.monitor.transcripts import write_transcripts
+from megatron_oreal.parallel.collectives import agree, world_rank, world_size
+from megatron_oreal.types import PackedBatch, RolloutGroup
+
+Advance = Callable[[int], None]
+
+
+class Journal:
+    """Collects the metrics of an iteration and hands them on; only the first rank writes.
+
+    Opening one is collective over the world: if the run's folder cannot be made, all ranks refuse.
+    """
+
+    def __init__(self, config: Config, steps: int) -> None:
+        self.config = config
+        self.enabled = world_rank() == 0
+        self.console = Console()
+        self.folder = RunFolder(Path(config.run.folder))
+        with agree():
+            if self.enabled:
+                self.folder.create(resolve_config_yaml(config))
+        with agree():
+            self._sinks = open_sinks(
+                config, self.folder, self.console, steps=steps, enabled=self.enabled
+            )
+        self._progress = Progress(self.enabled, self.console)
+        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
+        self._timers = Timers(synchronize)
+        self._metrics: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
+        """Times a phase; with a `total` it shows a bar, moved by the `advance(n)` it yields."""
+        bar = self._progress.task(name, total, unit) if total else contextlib.nullcontext(_ignore)
+        with self._timers.phase(name), bar as advance:
+            yield advance
+
+    def say(self, text: str) -> None:
+        """Prints a line, on the first rank."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """Prints a table, on the first rank."""
+        if self.enabled:
+            self.console.print(table)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the iteration that is under way."""
+        self._metrics |= metrics
+
+    def groups(self, groups: Sequence[RolloutGroup]) -> None:
+        """Records what was sampled, how it was judged and how fast it came."""
+        tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+        self.add(rollout_diagnostics.group_metrics(groups))
+        rate = tokens / self._timers.seconds("generate")
+        self.add({"throughput/generated_tokens_per_s": rate})
+
+    def token_rm(self, batch: PackedBatch, step: TokenRewardStep, rate: float) -> None:
+        """Records the token reward model's quality on a batch, before its own step."""
+        rewards = torch.tensor([trajectory.reward for trajectory in batch.trajectories])
+        means = torch.stack([scores.mean() for scores in step.scores])
+        self.add(diagnostics.token_rm_metrics(means, rewards))
+        self.add({"token_rm/grad_norm": step.grad_norm, "token_rm/learning_rate": rate})
+
+    def policy(self, batch: PackedBatch, step: PolicyStep, rate: float) -> None:
+        """Records the policy against reference and rollout engine on a batch, before its step."""
+        rewards = [trajectory.reward for trajectory in batch.trajectories]
+        rollout = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
+        self.add(
+            diagnostics.policy_metrics(self.config.oreal, step.logprobs, batch.fields, step.entropy)
+        )
+        self.add(diagnostics.token_weight_metrics(batch.fields["token_weight"], rewards))
+        self.add(rollout_diagnostics.mismatch_metrics(step.logprobs, rollout))
+        self.add({"oreal/grad_norm": step.grad_norm, "oreal/learning_rate": rate})
+
+    def write(self, iteration: int, kind: Kind = "train") -> None:
+        """Writes the metrics gathered since the last call, and the seconds of each phase."""
+        seconds = self._timers.end_iteration()
+        total = {"time/iteration_s": sum(seconds.values())} if kind == "train" else {}
+        self._sinks.write(iteration, self._metrics | seconds | total, kind)
+        self._metrics = {}
+
+    def transcripts(
+        self, iteration: int, groups: Sequence[RolloutGroup], batch: PackedBatch | None
+    ) -> None:
+        """Writes a seeded sample of the iteration's rollouts."""
+        count = self.config.monitor.transcripts_per_iteration
+        if self.enabled:
+            write_transcripts(
+                self.folder.rollouts,
+                iteration,
+                groups,
+                count=count,
+                seed=self.config.run.seed,
+                batch=batch,
+            )
+
+    def summarise(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json`, with the seconds of each phase over the whole run."""
+        if self.enabled:
+            self.folder.write_summary(
+                {
+                    **summary,
+                    "seconds": self._timers.totals,
+                    "seed": self.config.run.seed,
+                    "ranks": world_size(),
+                }
+            )
+
+    def close(self) -> None:
+        """Ends what is still open."""
+        self._sinks.close()
+
+
+def _ignore(_: int) -> None:
+    """Advances no bar."""

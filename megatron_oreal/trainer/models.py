@@ -1,0 +1,98 @@
+"""From a Hugging Face folder to the three Megatron models, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_oreal.config.schema import Config
+from megatron_oreal.config.validate import check_layout, check_model
+from megatron_oreal.engine.roles import Load, Policy
+from megatron_oreal.models.build import PackedGPT
+from megatron_oreal.models.family import Family, ModelDims
+from megatron_oreal.models.registry import read_model
+from megatron_oreal.parallel import topology
+from megatron_oreal.parallel.collectives import agree, world_size
+from megatron_oreal.parallel.topology import Topology
+from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream
+from megatron_oreal.weights.layout import MegatronPlace
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The checkpoint a run starts from, and where this rank stands in its layout."""
+
+    config: Config
+    family: Family
+    dims: ModelDims
+    topology: Topology
+
+    @property
+    def place(self) -> MegatronPlace:
+        """This rank's coordinates among the weights."""
+        layers = self.dims.layers // self.topology.pp_size
+        return MegatronPlace(
+            self.topology.tp_rank, self.topology.tp_size, self.topology.pp_rank * layers
+        )
+
+    @property
+    def load(self) -> Load:
+        """Fills a model from the checkpoint; not collective. A scalar head keeps what it drew."""
+
+        def load(model: PackedGPT) -> None:
+            parameters = {
+                name: parameter
+                for name, parameter in model.named_parameters()
+                if model.has_vocab_head or not name.startswith("output_layer.")
+            }
+            load_hf(parameters, self.config.model.path, self.family, self.dims, self.place)
+
+        return load
+
+    def stream(self, policy: Policy, receivers: tuple[int, ...] | None = None) -> HfStream:
+        """Plans how the policy's weights leave as whole tensors; collective over the world."""
+        return open_stream(
+            policy.model.parameters(),
+            self.family,
+            self.dims,
+            self.place,
+            round_bytes=self.config.rollout.sync_round_mib * MIB,
+            receivers=receivers,
+        )
+
+    def export(self, policy: Policy, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder; collective over the world."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_hf(
+            self.stream(policy, receivers=(0,)),
+            folder,
+            source=self.config.model.path,
+            shard_bytes=self.config.export.shard_mib * MIB,
+        )
+
+
+def open_source(config: Config) -> ModelSource:
+    """Checks layout and checkpoint against each other and joins the layout's process groups.
+
+    Collective over the world.
+
+    Raises:
+        UserError: An impossible layout, or a folder that holds no model of a known family.
+    """
+    check_layout(config, world_size())
+    with agree():
+        family, dims = read_model(config.model.path)
+        check_model(
+            config,
+            heads=dims.heads,
+            kv_heads=dims.kv_heads,
+            layers=dims.layers,
+            vocab=dims.vocab,
+        )
+    layout = config.parallel
+    place = topology.initialize(
+        layout.tensor, layout.pipeline, layout.context, seed=config.run.seed + 1
+    )
+    return ModelSource(config, family, dims, place)

@@ -1,0 +1,135 @@
+"""From a config to a training run: every part built once, in the order that start-up errors need."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oreal.config.schema import Config
+from megatron_oreal.data.prompts import load_prompts
+from megatron_oreal.data.sampler import PromptSampler
+from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
+from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
+from megatron_oreal.parallel.collectives import agree
+from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
+from megatron_oreal.rollout.weight_sync import WeightSync
+from megatron_oreal.trainer.evaluation import Evaluator
+from megatron_oreal.trainer.journal import Journal
+from megatron_oreal.trainer.loop import OrealLoop
+from megatron_oreal.trainer.models import ModelSource, open_source
+from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.types import Prompt
+from megatron_oreal.verify.cascade import Verifier
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What of a run is text: the tokenizer, the token that ends a response, the questions."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_id: int
+    training: list[Prompt]
+    held_out: list[Prompt]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Turns response ids into text, without special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run ready to start."""
+
+    config: Config
+    source: ModelSource
+    loop: OrealLoop
+    evaluator: Evaluator | None
+    journal: Journal
+
+
+def read_texts(config: Config, *, training: bool) -> Texts:
+    """Reads tokenizer and question files; the same on every rank, collective over the world.
+
+    Raises:
+        UserError: What is missing or malformed, by file, line and field.
+    """
+    with agree():
+        tokenizer = load_tokenizer(config.model.path)
+        stop_id = stop_token_id(tokenizer, config.model.stop_token)
+        read = partial(
+            load_prompts,
+            tokenizer=tokenizer,
+            system_prompt=config.data.system_prompt,
+            max_total_tokens=config.sampling.max_total_tokens,
+        )
+        return Texts(
+            tokenizer,
+            stop_id,
+            read(config.data.path) if training else [],
+            read(config.evaluation.path, key="evaluation.path") if config.evaluation.path else [],
+        )
+
+
+def start_engine(config: Config, texts: Texts) -> VllmInProcess:
+    """Starts the rollout engines on the checkpoint's own weights; collective over the world."""
+    return VllmInProcess(
+        config.model.path,
+        config.rollout,
+        precision=config.model.precision,
+        max_total_tokens=config.sampling.max_total_tokens,
+        stop_token_id=texts.stop_id,
+        decode=texts.decode,
+    )
+
+
+@contextlib.contextmanager
+def training_run(config: Config) -> Iterator[TrainingRun]:
+    """Builds a run and takes it down again; collective over the world.
+
+    What can be wrong in files and layout is found before the first model is built.
+
+    Raises:
+        UserError: Bad input, on every rank alike.
+    """
+    texts = read_texts(config, training=True)
+    source = open_source(config)
+    with agree():
+        prompts = PromptSampler(texts.training, config.run.seed, config.data.balance_by_pass_rate)
+    with contextlib.ExitStack() as stack:
+        journal = Journal(config, config.schedule.iterations)
+        stack.callback(journal.close)
+        verifier = stack.enter_context(Verifier(config.verifier))
+        with journal.phase("start"):
+            policy, reference, token_rm = _build_models(source)
+            engine = start_engine(config, texts)
+        stack.callback(engine.close)
+        loop = OrealLoop(
+            config=config,
+            prompts=prompts,
+            rollouts=engine,
+            verifier=verifier,
+            packer=Packer(source.topology.dp_size, config.engine.tokens_per_micro_batch),
+            policy=policy,
+            reference=reference,
+            token_rm=token_rm,
+            weight_sync=WeightSync(source.stream(policy), engine),
+            rates=Rates(config),
+            journal=journal,
+        )
+        evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
+        yield TrainingRun(config, source, loop, evaluator, journal)
+
+
+def _build_models(source: ModelSource) -> tuple[Policy, Reference, TokenRewardModel | None]:
+    config, parts = source.config, (source.dims, source.config, source.topology, source.load)
+    with_token_rm = config.oreal.token_weights.kind != "none"
+    return (
+        Policy(*parts, config.policy_optimizer),
+        Reference(*parts),
+        TokenRewardModel(*parts) if with_token_rm else None,
+    )

@@ -1,0 +1,91 @@
+"""`megatron-oreal train`: iterations, evaluations between them, and what is left at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megatron_oreal.config.schema import Config
+from megatron_oreal.parallel.collectives import world_size
+from megatron_oreal.trainer.evaluation import EvaluationResult
+from megatron_oreal.trainer.setup import TrainingRun, training_run
+
+
+def train(config: Config) -> None:
+    """Trains from the first iteration to the last; collective over the world.
+
+    Raises:
+        UserError: Bad input, on every rank alike.
+    """
+    with training_run(config) as run:
+        settings, iterations = config.evaluation, config.schedule.iterations
+        run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
+        run.loop.weight_sync.push()
+        before = _evaluate(run, 0) if settings.at_start else None
+        for iteration in range(iterations):
+            run.loop.iterate(iteration)
+            done = iteration + 1
+            if settings.every and done % settings.every == 0 and done < iterations:
+                _evaluate(run, done)
+            if config.export.every and done % config.export.every == 0 and done < iterations:
+                _export(run, f"iteration_{done:06d}")
+        after = _evaluate(run, iterations) if settings.at_end else None
+        exported = _export(run, "final") if config.export.at_end else None
+        _report(run, before, after, exported)
+
+
+def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
+    """Evaluates the engines' weights after `iteration` iterations."""
+    assert run.evaluator is not None, "validation asks for evaluation.path"
+    with run.journal.phase("evaluate", run.evaluator.responses, "responses") as advance:
+        result, _ = run.evaluator.evaluate(advance)
+    run.journal.add(result.metrics())
+    run.journal.write(iteration, kind="eval")
+    return result
+
+
+def _export(run: TrainingRun, name: str) -> Path:
+    folder = run.journal.folder.hf / name
+    with run.journal.phase("export"):
+        run.source.export(run.loop.policy, folder)
+    return folder
+
+
+def _report(
+    run: TrainingRun,
+    before: EvaluationResult | None,
+    after: EvaluationResult | None,
+    exported: Path | None,
+) -> None:
+    results = {"before": before, "after": after}
+    known = {when: result for when, result in results.items() if result is not None}
+    ks = run.config.evaluation.pass_at
+    summary: dict[str, Any] = {
+        f"pass_at_{k}": {when: result.pass_at[k] for when, result in known.items()} for k in ks
+    }
+    summary["greedy"] = {when: result.greedy for when, result in known.items()}
+    summary["hf"] = str(exported) if exported else None
+    run.journal.summarise(summary)
+    if known:
+        run.journal.show(_table(known, ks))
+    if exported:
+        run.journal.say(f"Hugging Face checkpoint: {exported}")
+
+
+def _table(results: dict[str, EvaluationResult], ks: tuple[int, ...]) -> Table:
+    """Draws the rates of each evaluation in percent, and the gain where there are two."""
+    first = next(iter(results.values()))
+    title = f"{first.questions} held-out questions x {first.samples_per_question} samples"
+    table = Table(title=title)
+    for column in ("percent", *results, *(["gain"] if len(results) > 1 else [])):
+        table.add_column(column, justify="right")
+    rows = {f"pass@{k}": [result.pass_at[k] for result in results.values()] for k in ks}
+    if first.greedy is not None:
+        rows["greedy"] = [result.greedy or 0.0 for result in results.values()]
+    for name, values in rows.items():
+        cells = [f"{100 * value:.1f}" for value in values]
+        gain = [f"{100 * (values[-1] - values[0]):+.1f}"] if len(values) > 1 else []
+        table.add_row(name, *cells, *gain)
+    return table

@@ -1,0 +1,282 @@
+"""Puts real vLLM engines through the rollout contract; `test_rollout_engine.py` judges what it finds.
+
+torchrun --nproc-per-node 2 -m tests.contracts.rollout_program FOLDER
+
+Rank 0 writes `found.json`: one entry a case, plain numbers and token lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
+from megatron_oreal.parallel.collectives import (
+    all_gather_bytes,
+    barrier,
+    start_world,
+    stop_world,
+    world_rank,
+)
+from megatron_oreal.rollout.engine import Request
+from megatron_oreal.rollout.groups import generate_groups
+from megatron_oreal.rollout.seeds import sample_seed
+from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
+from megatron_oreal.types import Prompt, Rollout
+
+VOCABULARY, STOP, END_OF_CONFIG = 100, 1, 2
+WINDOW = 200
+SAMPLED = SamplingConfig(
+    samples_per_question=4, temperature=1.0, top_p=0.9, max_new_tokens=24, max_total_tokens=WINDOW
+)
+GREEDY = replace(SAMPLED, temperature=0.0)
+# A block of vLLM's prefix cache is 128 tokens on a CPU: the second prompt is long enough to be cached.
+LENGTHS = (5, 140, 17, 33, 5)
+
+
+def prompts() -> list[tuple[int, ...]]:
+    rng = random.Random(0)
+    return [tuple(rng.randrange(3, VOCABULARY) for _ in range(length)) for length in LENGTHS]
+
+
+def save_models(folder: Path, *, tied: bool) -> None:
+    """Two models of one shape; tied embeddings go with one KV head, which TP=2 has to replicate."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1 if tied else 2,
+        max_position_embeddings=WINDOW,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=END_OF_CONFIG,
+        pad_token_id=None,
+    )
+    for name in ("old", "new"):
+        torch.manual_seed(ord(name[0]))
+        model = Qwen2ForCausalLM(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("norm.weight", "bias")):
+                torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
+        model.save_pretrained(folder / name)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def greedy_tokens(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(GREEDY.max_new_tokens):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == STOP:
+            break
+    return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def logprob_differences(
+    model: PreTrainedModel, requests: list[Request], rollouts: list[Rollout]
+) -> dict[str, float]:
+    differences: list[float] = []
+    for request, rollout in zip(requests, rollouts, strict=True):
+        tokens = torch.tensor([request.tokens + rollout.tokens])
+        logprobs = model(tokens).logits[0].float().log_softmax(-1)
+        for i, (token, logprob) in enumerate(zip(rollout.tokens, rollout.logprobs, strict=True)):
+            differences.append(abs(float(logprobs[len(request.tokens) - 1 + i, token]) - logprob))
+    return {"mean": float(np.mean(differences)), "max": max(differences)}
+
+
+def alike_on_all_ranks(rollouts: list[Rollout]) -> bool:
+    payloads = all_gather_bytes(json.dumps([asdict(rollout) for rollout in rollouts]).encode())
+    return len(set(payloads)) == 1
+
+
+class Case:
+    """One engine on one pair of models."""
+
+    def __init__(self, folder: Path, *, tp: int, precision: str = "fp32") -> None:
+        self.folder = folder
+        started = time.monotonic()
+        self.engine = VllmInProcess(
+            str(folder / "old"),
+            RolloutConfig(tensor_parallel=tp, max_sequences=8, enforce_eager=True),
+            precision=precision,
+            max_total_tokens=WINDOW,
+            stop_token_id=STOP,
+            decode=lambda tokens: " ".join(map(str, tokens)),
+        )
+        self.found: dict[str, Any] = {"start_s": time.monotonic() - started}
+        self.requests = [
+            Request(tokens, sample_seed(0, 0, str(i), sample))
+            for i, tokens in enumerate(prompts())
+            for sample in range(SAMPLED.samples_per_question)
+        ]
+
+    def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Rollout]:
+        advanced: list[int] = []
+        rollouts = self.engine.generate(requests, sampling, advanced.append)
+        if sum(advanced) != len(requests) or not all(n > 0 for n in advanced):
+            raise AssertionError(f"{len(requests)} requests, advanced by {advanced}")
+        if not alike_on_all_ranks(rollouts):
+            raise AssertionError("ranks got different rollouts")
+        return rollouts
+
+    def sampling(self) -> None:
+        """All at once over all engines; shuffled; and one by one, all on the first engine."""
+        rollouts = self.generate(self.requests, SAMPLED)
+        order = random.Random(1).sample(range(len(self.requests)), len(self.requests))
+        shuffled = self.generate([self.requests[i] for i in order], SAMPLED)
+        alone = [self.generate([request], SAMPLED)[0] for request in self.requests[:8]]
+        self.found |= {
+            "rollouts": [asdict(rollout) for rollout in rollouts],
+            "shuffled": [shuffled[order.index(i)].tokens for i in range(len(order))],
+            "alone": [rollout.tokens for rollout in alone],
+            "nothing_asked": self.generate([], SAMPLED),
+            "logprob_difference": logprob_differences(
+                load(self.folder / "old"), self.requests, rollouts
+            ),
+        }
+
+    def greedy(self, weights: str) -> None:
+        """Twice the same prompts, the second time from the prefix cache where that holds them."""
+        requests = [Request(tokens, 0) for tokens in prompts()]
+        rollouts = self.generate(requests * 2, GREEDY)
+        model = load(self.folder / weights)
+        self.found[f"greedy_{weights}"] = [rollout.tokens for rollout in rollouts]
+        self.found[f"expected_{weights}"] = [greedy_tokens(model, r.tokens) for r in requests] * 2
+
+    def reload(self) -> None:
+        """What a trainer streams: the tensors of the checkpoint, tied ones once."""
+        self.engine.load_weights(iter(checkpoint(self.folder / "new").items()))
+
+    def refusals(self) -> None:
+        too_long = [Request((3,) * WINDOW, 0)]
+        self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print))
+        tensors = checkpoint(self.folder / "new")
+        tensors["model.norm.weights"] = tensors.pop("model.norm.weight")
+        self.found["wrong_names"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    model = load(folder)
+    return {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+
+def refusal(call: Any) -> list[str]:
+    try:
+        call()
+    except (UserError, ValueError) as error:
+        return [type(error).__name__, str(error)]
+    return ["", "accepted"]
+
+
+def process_state() -> list[Any]:
+    return [
+        dict(os.environ),
+        random.getstate()[1][:3],
+        np.random.get_state()[1][:3].tolist(),
+        torch.get_rng_state().sum().item(),
+        torch.get_num_threads(),
+        torch.set_num_threads is SET_NUM_THREADS,
+        [str(entry) for entry in warnings.filters],
+        torch.get_default_dtype() is torch.float32,
+        torch.is_grad_enabled(),
+        sorted(os.sched_getaffinity(0)),
+    ]
+
+
+SET_NUM_THREADS = torch.set_num_threads
+
+
+def run_untied(folder: Path) -> dict[str, Any]:
+    """Every clause, two engines of one rank each."""
+    before = process_state()
+    case = Case(folder, tp=1)
+    after_start = process_state()
+    case.sampling()
+    after_generate = process_state()
+    case.greedy("old")
+    case.reload()
+    case.greedy("new")
+    groups = generate_groups(
+        case.engine,
+        [Prompt(str(i), "", "", tokens) for i, tokens in enumerate(prompts())],
+        SAMPLED,
+        seed=3,
+        iteration=4,
+        advance=lambda _: None,
+    )
+    case.found["groups"] = [
+        [group.prompt.id, [rollout.tokens for rollout in group.rollouts]] for group in groups
+    ]
+    case.refusals()
+    case.engine.close()
+    case.found["state_kept"] = {
+        "start": [a == b for a, b in zip(before, after_start, strict=True)],
+        "generate": [a == b for a, b in zip(before, after_generate, strict=True)],
+        "close": [a == b for a, b in zip(before, process_state(), strict=True)],
+    }
+    return case.found
+
+
+def run_tied(folder: Path, tp: int) -> dict[str, Any]:
+    case = Case(folder, tp=tp)
+    case.greedy("old")
+    case.sampling()
+    case.reload()
+    case.greedy("new")
+    case.engine.close()
+    return case.found
+
+
+def run_bf16(folder: Path) -> dict[str, Any]:
+    case = Case(folder, tp=1, precision="bf16")
+    case.sampling()
+    case.engine.close()
+    return case.found
+
+
+def run_refused_tp(folder: Path) -> dict[str, Any]:
+    return {"refusal": refusal(lambda: Case(folder, tp=3))}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    start_world()
+    untied, tied = folder / "untied", folder / "tied"
+    if world_rank() == 0:
+        save_models(untied, tied=False)
+        save_models(tied, tied=True)
+    barrier()
+    found = {
+        "untied": run_untied(untied),
+        "tied": run_tied(tied, tp=1),
+        "tied_tp2": run_tied(tied, tp=2),
+        "bf16": run_bf16(untied),
+        "tp3": run_refused_tp(untied),
+    }
+    if world_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    barrier()
+    stop_world()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
