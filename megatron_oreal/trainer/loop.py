@@ -69,7 +69,12 @@ class OrealLoop:
         responses = len(prompts) * sampling.samples_per_question
         with self.journal.phase("generate", responses, "responses") as advance:
             return generate_groups(
-                self.rollouts, prompts, sampling, self.config.run.seed, iteration, advance
+                self.rollouts,
+                prompts,
+                sampling,
+                seed=self.config.run.seed,
+                iteration=iteration,
+                advance=advance,
             )
 
     def _judge(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
