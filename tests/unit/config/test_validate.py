@@ -35,6 +35,10 @@ def config(*overrides: str) -> Config:
             "question; set 2 or more",
         ),
         (
+            ["sampling.temperature=0"],
+            "sampling.temperature=0.0: draws the same response each time; set a number above 0",
+        ),
+        (
             ["schedule.iterations=9"],
             "schedule.freeze_iterations=10: longer than the run; "
             "set schedule.iterations (9) or less",
@@ -73,6 +77,11 @@ def test_layout_that_does_not_divide_the_world() -> None:
         "Invalid parallel dims: tensor(2) * pipeline(1) * context(1) does not divide "
         "WORLD_SIZE(3): change parallel.* or start a multiple of 2 ranks"
     )
+
+
+def test_context_parallelism_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^parallel\.context=2: context parallelism is not there"):
+        check_layout(config("parallel.context=2"), world_size=2)
 
 
 def test_engine_that_does_not_divide_the_world() -> None:
