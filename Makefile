@@ -83,16 +83,19 @@ $(OVERLAY_STAMP): $(STAMP)
 	$(PIP) download --no-deps --only-binary=:all: --python-version 3.12 --dest .overlay megatron-core==$(NEWER_MEGATRON)
 	$(BIN)/python -m zipfile --extract .overlay/megatron_core-$(NEWER_MEGATRON)-*.whl $(OVERLAY)
 	rm .overlay/megatron_core-$(NEWER_MEGATRON)-*.whl
+	$(BIN)/python -m compileall -qq -j 0 $(OVERLAY)/megatron # else its first import warns of escape sequences
 	$(PIP) install --no-deps --target $(OVERLAY) triton==$(TRITON)
 	touch $@
 
 check: $(STAMP)
-	run() { echo "check: $$*"; "$(BIN)/$$@"; }
+	failed=0
+	run() { echo "check: $$*"; "$(BIN)/$$@" || failed=1; }
 	run ruff check .
 	run ruff format --check .
 	run pyright
 	run lint-imports
 	run codespell
+	exit $$failed
 
 # Every stage runs, so that one run tells all that is broken; the table at the end tells what took how long.
 test: $(STAMP) $(OVERLAY_STAMP)
