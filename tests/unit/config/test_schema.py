@@ -36,10 +36,12 @@ def test_base_yaml_holds_every_default() -> None:
 
 
 def test_base_yaml_gives_each_key_a_unit_and_a_meaning() -> None:
-    lines = BASE.read_text(encoding="utf-8").splitlines()
-    keys = [line for line in lines if re.match(r" *\w+: *[^ #]", line)]
-    assert len(keys) == len(config_keys())
-    assert [line for line in keys if not re.search(r" # \[[^\]]+\] \w|as above", line)] == []
+    text = BASE.read_text(encoding="utf-8")
+    comment = r"# \[[^\]]+\] .+"
+    beside = re.findall(rf"^ *(\w+): .+? {comment}$", text, re.M)
+    above = re.findall(rf"^ *{comment}\n(?: *# .+\n)? *(\w+): [^#\n]+$", text, re.M)
+    assert sorted(beside + above) == sorted(key.rpartition(".")[2] for key in config_keys())
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_base_yaml_loads() -> None:
