@@ -85,6 +85,8 @@ $(OVERLAY_STAMP): $(STAMP)
 	rm .overlay/megatron_core-$(NEWER_MEGATRON)-*.whl
 	$(BIN)/python -m compileall -qq -j 0 $(OVERLAY)/megatron # else its first import warns of escape sequences
 	$(PIP) install --no-deps --target $(OVERLAY) triton==$(TRITON)
+	PYTHONPATH=$(OVERLAY) $(BIN)/python -W ignore -c \
+	  "import megatron.core as m; assert m.__version__.startswith('$(NEWER_MEGATRON)'), m.__version__"
 	touch $@
 
 check: $(STAMP)
@@ -109,7 +111,7 @@ test: $(STAMP) $(OVERLAY_STAMP)
 	stage "check" $(MAKE) --no-print-directory check
 	stage "unit" $(PYTEST) tests/unit
 	stage "parallel and parity" $(PYTEST) tests/parallel tests/parity
-	stage "parallel, Megatron-Core $(NEWER_MEGATRON)" env PYTHONPATH=$(OVERLAY) $(PYTEST) tests/parallel
+	stage "parallel, Megatron-Core $(NEWER_MEGATRON)" env PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests/parallel
 	stage "vLLM, contracts and integration" $(PYTEST) tests/contracts tests/integration
 	printf '\n%s%-34s %6d s, installation included\n' "$$table" total $$(($$(date +%s) - $(STARTED_S)))
 	exit $$failed
@@ -122,7 +124,7 @@ layouts: $(STAMP)
 
 nightly: test layouts
 	$(BIN)/pytest tests -m slow
-	PYTHONPATH=$(OVERLAY) $(BIN)/pytest tests/parallel -m slow
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/pytest tests/parallel -m slow
 
 clean:
 	rm -rf .venv .overlay
