@@ -25,6 +25,7 @@ from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
+from megatron_oreal.rollout.vllm_live import LiveCheck
 from megatron_oreal.types import Rollout
 
 if TYPE_CHECKING:
@@ -111,15 +112,18 @@ class VllmInProcess:
         """Replaces all weights; see `RolloutEngine.load_weights`.
 
         vLLM keeps a tensor until its layer is complete. Tied embeddings come once, as in the
-        checkpoint; the head's copy of them, which vLLM packs on a CPU, is served from here.
+        checkpoint; the head's copy of them, which vLLM packs on a CPU, is served from here. What
+        vLLM then computes with is read back and compared, see `vllm_live`.
         """
         names: set[str] = set()
-        self._llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": self._with_tied_head(tensors, names)}
-        )
+        (check,) = self._llm.apply_model(LiveCheck)
+        weights = check.noted(self._with_tied_head(tensors, names))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if names != self._names:
             missing, unknown = sorted(self._names - names), sorted(names - self._names)
             raise ValueError(f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}")
+        if differing := check.differing():
+            raise RuntimeError(f"vLLM computes with another {differing[0]} than it was handed")
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: a request is still running")
 

@@ -1,4 +1,4 @@
-"""Puts real vLLM engines through the rollout contract; `test_rollout_engine.py` judges what it finds.
+"""Puts real vLLM engines through the rollout contract; `test_rollout_engine.py` judges them.
 
 torchrun --nproc-per-node 2 -m tests.contracts.rollout_program FOLDER
 
@@ -34,6 +34,7 @@ from megatron_oreal.rollout.engine import Request
 from megatron_oreal.rollout.groups import generate_groups
 from megatron_oreal.rollout.seeds import sample_seed
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
+from megatron_oreal.rollout.vllm_live import LiveCheck
 from megatron_oreal.types import Prompt, Rollout
 
 VOCABULARY, STOP, END_OF_CONFIG = 100, 1, 2
@@ -42,7 +43,7 @@ SAMPLED = SamplingConfig(
     samples_per_question=4, temperature=1.0, top_p=0.9, max_new_tokens=24, max_total_tokens=WINDOW
 )
 GREEDY = replace(SAMPLED, temperature=0.0)
-# A block of vLLM's prefix cache is 128 tokens on a CPU: the second prompt is long enough to be cached.
+# A block of the prefix cache is 128 tokens on a CPU: the second prompt is long enough for it.
 LENGTHS = (5, 140, 17, 33, 5)
 
 
@@ -165,13 +166,19 @@ class Case:
     def reload(self) -> None:
         """What a trainer streams: the tensors of the checkpoint, tied ones once."""
         self.engine.load_weights(iter(checkpoint(self.folder / "new").items()))
+        for weights in ("old", "new"):
+            (check,) = self.engine._llm.apply_model(LiveCheck)
+            tensors = checkpoint(self.folder / weights)
+            for _ in check.noted(iter(tensors.items())):
+                pass
+            self.found[f"differs_from_{weights}"] = [len(check.differing()), len(tensors)]
 
     def refusals(self) -> None:
         too_long = [Request((3,) * WINDOW, 0)]
         self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print))
         tensors = checkpoint(self.folder / "new")
-        tensors["model.norm.weights"] = tensors.pop("model.norm.weight")
-        self.found["wrong_names"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))
+        del tensors["model.norm.weight"]
+        self.found["missing"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))
 
 
 def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
@@ -249,6 +256,7 @@ def run_tied(folder: Path, tp: int) -> dict[str, Any]:
 def run_bf16(folder: Path) -> dict[str, Any]:
     case = Case(folder, tp=1, precision="bf16")
     case.sampling()
+    case.reload()
     case.engine.close()
     return case.found
 

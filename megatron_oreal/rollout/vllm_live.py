@@ -1,0 +1,173 @@
+"""Reads back what a running vLLM model computes with, to compare it with what it was handed.
+
+On a CPU vLLM packs its linear layers and drops their `weight`. A packed layer still answers for it:
+applied to a unit vector it returns one column, exactly, since all other products are zero. A column
+holds a value of every row, so a stale, swapped or wrongly cut tensor shows in a few of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+_COLUMNS = 64  # of each matrix, evenly spaced, first and last among them
+_ALL = slice(None)
+
+
+class _Cut(NamedTuple):
+    """Rows `local` of a vLLM parameter are `rows` and `columns` of a Hugging Face tensor."""
+
+    local: slice = _ALL
+    rows: slice = _ALL
+    columns: slice = _ALL
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a Hugging Face tensor that this rank's model holds."""
+
+    name: str
+    cut: _Cut
+    read: Callable[[], torch.Tensor]
+
+    def expected(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns of the whole tensor what `read` returns of the model."""
+        if tensor.ndim == 1:
+            return tensor[self.cut.rows].clone()
+        piece = tensor[self.cut.rows, self.cut.columns]
+        return piece[:, _sampled_columns(piece.shape[1]).to(piece.device)]
+
+
+class LiveCheck:
+    """Notes samples of the tensors that go into a model, then compares the model with them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts: dict[str, list[_Part]] = defaultdict(list)
+        for part in _parts(model):
+            self._parts[part.name].append(part)
+        self._handed: dict[str, list[torch.Tensor]] = {}
+
+    def noted(
+        self, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Passes whole Hugging Face tensors on to the model and keeps samples of them."""
+        for name, tensor in tensors:
+            self._handed[name] = [part.expected(tensor) for part in self._parts[name]]
+            yield name, tensor
+
+    @torch.no_grad()
+    def differing(self) -> list[str]:
+        """Returns the names of the noted tensors that this rank's model does not hold."""
+        return [
+            name
+            for name, samples in self._handed.items()
+            if not samples
+            or not all(
+                _same(part.read(), sample)
+                for part, sample in zip(self._parts[name], samples, strict=True)
+            )
+        ]
+
+
+def _parts(model: nn.Module) -> Iterator[_Part]:
+    fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    for path, module in model.named_modules():
+        parent, _, own = path.rpartition(".")
+        names = [f"{parent}.{child}".lstrip(".") for child in fused.get(own, [own])]
+        for kind, parameter in module.named_parameters(recurse=False):
+            for name, cut in zip(names, _cuts(module), strict=True):
+                as_matrix = kind == "weight" and (parameter.ndim > 1 or _is_packed(module))
+                yield _Part(f"{name}.{kind}", cut, _reader(module, kind, cut, as_matrix))
+
+
+def _cuts(module: nn.Module) -> list[_Cut]:
+    """Returns where the rows of this module's parameters lie in each Hugging Face tensor."""
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, QKVParallelLinear):
+        return _qkv_cuts(module)
+    if isinstance(module, MergedColumnParallelLinear):
+        sizes = module.output_partition_sizes
+        return _stacked([(size, module.tp_rank * size) for size in sizes])
+    if isinstance(module, RowParallelLinear):
+        size = module.input_size_per_partition
+        return [_Cut(columns=slice(module.tp_rank * size, (module.tp_rank + 1) * size))]
+    if isinstance(module, VocabParallelEmbedding):
+        shard = module.shard_indices
+        start, stop = shard.org_vocab_start_index, shard.org_vocab_end_index
+        return [_Cut(local=slice(0, stop - start), rows=slice(start, stop))]
+    return [_Cut()]
+
+
+def _qkv_cuts(module: QKVParallelLinear) -> list[_Cut]:
+    query = module.num_heads * module.head_size
+    key = module.num_kv_heads * module.head_size
+    key_rank = module.tp_rank // module.num_kv_head_replicas
+    return _stacked([(query, module.tp_rank * query), (key, key_rank * key), (key, key_rank * key)])
+
+
+def _stacked(pieces: list[tuple[int, int]]) -> list[_Cut]:
+    """Returns the cuts of pieces stacked in rows: `(number of rows, first row in the tensor)`."""
+    cuts, local = [], 0
+    for size, start in pieces:
+        cuts.append(_Cut(slice(local, local + size), slice(start, start + size)))
+        local += size
+    return cuts
+
+
+def _reader(module: nn.Module, kind: str, cut: _Cut, as_matrix: bool) -> Callable[[], torch.Tensor]:
+    if as_matrix:
+        return lambda: _matrix_columns(module)[cut.local]
+    return lambda: getattr(module, kind)[cut.local]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether the module computes with a copy of its weight: an embedding looks rows up in it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+
+    looks_up = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    return hasattr(module, "cpu_linear") and not looks_up
+
+
+def _matrix_columns(module: Any) -> torch.Tensor:
+    """Returns sampled columns of a matrix as the module uses it, `[local rows, sampled]`."""
+    weight: torch.Tensor = module.weight
+    if not _is_packed(module):
+        return weight[:, _sampled_columns(weight.shape[1]).to(weight.device)]
+    width: int = module.input_size_per_partition
+    columns = _sampled_columns(width)
+    units = torch.zeros(len(columns), width, dtype=weight.dtype)
+    units[torch.arange(len(columns)), columns] = 1
+    return module.cpu_linear(units, weight, None).T
+
+
+def _sampled_columns(width: int) -> torch.Tensor:
+    count = min(width, _COLUMNS)
+    return torch.arange(count) * (width - 1) // max(count - 1, 1)
+
+
+def _same(live: torch.Tensor, handed: torch.Tensor) -> bool:
+    """Compares bit for bit, but for the sign of zero and subnormals, which sums do not keep."""
+    live, handed = live.to(handed.dtype), handed.to(live.dtype).to(handed.dtype)
+    tiny = torch.finfo(live.dtype).tiny
+    return torch.equal(
+        live.masked_fill(live.abs() < tiny, 0).to(handed.device),
+        handed.masked_fill(handed.abs() < tiny, 0),
+    )

@@ -1,0 +1,126 @@
+"""The contract of `RolloutEngine`, kept by real vLLM on two ranks; `rollout_program.py` runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+ALL = ["untied", "tied", "tied_tp2"]
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("rollout")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.contracts.rollout_program", str(folder)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert "vllm" not in done.stdout.lower() + done.stderr.lower(), "vLLM logs unasked"
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("weights", ["old", "new"])
+def test_greedy_equals_transformers_token_for_token_before_and_after_a_push(found, case, weights):
+    assert found[case][f"greedy_{weights}"] == found[case][f"expected_{weights}"]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_old_and_new_weights_do_not_answer_alike(found, case):
+    assert found[case]["expected_old"] != found[case]["expected_new"]
+
+
+@pytest.mark.parametrize("case", [*ALL, "bf16"])
+def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case):
+    differing, total = found[case]["differs_from_old"]
+    assert differing == total > 20
+    assert found[case]["differs_from_new"] == [0, total]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_sampled_logprobs_are_those_of_the_model_itself_though_top_p_is_below_one(found, case):
+    assert found[case]["logprob_difference"]["mean"] < 2e-5
+    assert found[case]["logprob_difference"]["max"] < 1e-3
+
+
+def test_bf16_logprobs_are_near_those_of_fp32(found):
+    assert found["bf16"]["logprob_difference"]["mean"] < 0.2
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_seed_draws_the_same_tokens_in_any_order_on_any_engine_and_alone(found, case):
+    tokens = [rollout["tokens"] for rollout in found[case]["rollouts"]]
+    assert found[case]["shuffled"] == tokens
+    assert found[case]["alone"] == tokens[:8]
+
+
+def test_two_ranks_of_one_engine_sample_what_one_rank_samples(found):
+    one, two = (
+        [rollout["tokens"] for rollout in found[case]["rollouts"]] for case in ("tied", "tied_tp2")
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_samples_of_one_prompt_differ(found, case):
+    tokens = [tuple(rollout["tokens"]) for rollout in found[case]["rollouts"]]
+    assert all(len(set(tokens[i : i + 4])) == 4 for i in range(0, 20, 4))
+
+
+def test_only_the_stop_token_stops_a_response_and_it_stands_at_its_end(found):
+    stop, end_of_config = 1, 2
+    rollouts = [rollout for case in ALL for rollout in found[case]["rollouts"]]
+    assert {rollout["stopped"] for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
+        tokens = rollout["tokens"]
+        assert rollout["stopped"] == (tokens[-1] == stop)
+        assert stop not in tokens[:-1]
+        assert rollout["stopped"] or len(tokens) == 24
+        assert len(rollout["logprobs"]) == len(tokens)
+        assert rollout["text"] == " ".join(map(str, tokens))
+    assert any(end_of_config in rollout["tokens"][:-1] for rollout in rollouts)
+
+
+def test_groups_hold_the_samples_of_each_prompt(found):
+    groups = found["untied"]["groups"]
+    assert [name for name, _ in groups] == ["0", "1", "2", "3", "4"]
+    assert all(len(samples) == 4 for _, samples in groups)
+    assert len({tuple(tokens) for _, samples in groups for tokens in samples}) > 15
+
+
+def test_no_requests_are_no_rollouts(found):
+    assert found["untied"]["nothing_asked"] == []
+
+
+@pytest.mark.parametrize("moment", ["start", "generate", "close"])
+def test_the_process_stands_as_before(found, moment):
+    assert all(found["untied"]["state_kept"][moment]), found["untied"]["state_kept"][moment]
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "expected"),
+    [
+        ("untied", "too_long", ["UserError", "sampling.max_total_tokens=200: a prompt of 200"]),
+        ("untied", "missing", ["ValueError", "missing ['model.norm.weight']"]),
+        ("tp3", "refusal", ["UserError", "rollout.tensor_parallel=3: set a divisor of the 2"]),
+    ],
+)
+def test_refusals_name_what_is_wrong(found, case, key, expected):
+    kind, text = found[case][key]
+    assert kind == expected[0]
+    assert expected[1] in text
+    assert "\n" not in text
