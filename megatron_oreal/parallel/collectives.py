@@ -1,4 +1,4 @@
-"""World-wide exchange of plain bytes and a barrier; the only collectives that the loop itself uses."""
+"""World-wide exchange of bytes and a barrier; the only collectives that the loop itself uses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  documented
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 
 
 def start_world(timeout_s: float = 1800.0) -> None:
-    """Joins the process group that `torchrun` or `srun` describes; a lone process becomes a world of one.
+    """Joins the process group that `torchrun` or `srun` describes; collective over the world.
 
-    Collective over the world. Bytes travel by gloo, tensors by NCCL where there are GPUs.
+    A lone process becomes a world of one. Bytes travel by gloo, tensors by NCCL where there are
+    GPUs.
     """
     if dist.is_initialized():
         return
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(key, value)
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
-    store = dist.HashStore() if alone else None
+    store = HashStore() if alone else None
     if has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(

@@ -1,9 +1,10 @@
-"""Lets Megatron-Core run on CPU tensors: inside the context its CUDA requests are served by the CPU.
+"""Lets Megatron-Core run on CPU tensors: inside the context the CPU serves its CUDA requests.
 
 Megatron asks for `torch.cuda` devices, streams, events and random states while it builds and steps
-models. On a machine without a GPU each of those requests has one honest CPU answer: the tensor stays
-where it is, a stream is the program order, an event has happened. The context gives those answers
-around Megatron calls only and puts everything back on leaving. Where there is a GPU it does nothing.
+models. On a machine without a GPU each of those requests has one honest CPU answer: the tensor
+stays where it is, a stream is the program order, an event has happened. The context gives those
+answers around Megatron calls only and puts everything back on leaving. Where there is a GPU it does
+nothing.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class _ServeOnCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if name == "to" and len(args) > 1 and isinstance(args[1], str | torch.device):
+        if name == "to" and len(args) > 1 and isinstance(args[1], int | str | torch.device):
             args = (args[0], _on_cpu(args[1]), *args[2:])
         if name == "type" and len(args) == 1 and not kwargs:
             # The distributed optimizer accepts parameters of the type torch.cuda.FloatTensor only.
@@ -128,7 +129,7 @@ class _ServeOnCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Serves CUDA requests from the CPU until the block ends; nests, and does nothing beside a GPU."""
+    """Serves CUDA requests from the CPU until the block ends; nests; does nothing beside a GPU."""
     if has_gpu():
         yield
         return

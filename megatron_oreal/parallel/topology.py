@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -70,8 +71,8 @@ def current() -> Topology:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_size=parallel_state.get_context_parallel_world_size(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        tp_group=cast("dist.ProcessGroup", parallel_state.get_tensor_model_parallel_group()),
+        pp_group=cast("dist.ProcessGroup", parallel_state.get_pipeline_model_parallel_group()),
     )
 
 
