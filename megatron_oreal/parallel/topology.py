@@ -77,5 +77,11 @@ def current() -> Topology:
 
 
 def destroy() -> None:
-    """Forgets Megatron's process groups; every rank must do it at the same point."""
+    """Ends Megatron's process groups; every rank must do it at the same point.
+
+    Megatron itself only forgets them: gloo's threads would go on, and spin.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or () if group]
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
