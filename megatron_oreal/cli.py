@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
 
 USAGE_EXIT = 2
+
+# What the libraries say of themselves, once a rank, and no user can mend.
+_NOISE = (
+    r".*(Apex|Transformer Engine).* not installed",
+    r"full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 
 _EPILOG = """
 examples:
@@ -25,11 +34,14 @@ Every key, its unit and its default stand in configs/base.yaml.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; a user's mistake ends it with one line on rank 0 and status 2 on all ranks."""
+    """Runs a command; a user's mistake ends it with a line on rank 0 and status 2 on all ranks."""
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config, options.settings, optional=options.optional)
-        _run(options, config)
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            _run(options, config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-oreal: {error}", file=sys.stderr)  # noqa: T201  this is the console

@@ -1,4 +1,4 @@
-"""The plain data that moves through an iteration; every shape is in a docstring, nothing here knows ranks."""
+"""The plain data that moves through an iteration; shapes are in docstrings, no code knows ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question, tokenised once; `tokens` already hold the chat template and the generation prefix."""
+    """One question, tokenised once; `tokens` hold the chat template and the generation prefix."""
 
     id: str
     question: str
@@ -34,8 +34,9 @@ class Prompt:
 class Rollout:
     """One sampled response.
 
-    `tokens` are the response's ids, the stop token included where it was sampled; `logprobs[i]` is the engine's raw
-    log-probability of `tokens[i]`; `stopped` is false where the length limit cut the response.
+    `tokens` are the response's ids, the stop token included where it was sampled; `logprobs[i]` is
+    the engine's raw log-probability of `tokens[i]`; `stopped` is false where the length limit cut
+    the response.
     """
 
     tokens: tuple[int, ...]
@@ -57,9 +58,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
-    """The K samples of one question; `verdicts`, `rewards` and `advantages` are `[K]` once they are known.
+    """The K samples of one question; `verdicts`, `rewards` and `advantages` are `[K]` once known.
 
-    `rewards` are +1 correct, -1 incorrect, None unverified; `advantages` are None where the reward is.
+    `rewards` are +1 correct, -1 incorrect, None unverified; `advantages` are None where the reward
+    is.
     """
 
     prompt: Prompt
@@ -72,9 +74,10 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One question and one response as the trainer sees them: `tokens` = prompt then response, `[n]`.
+    """One question and one response as the trainer sees them: `tokens` = prompt, response, `[n]`.
 
-    Everything per token of the response is `[response_length]` and stands at the response token it scores.
+    Everything per token of the response is `[response_length]` and stands at the response token it
+    scores.
     """
 
     prompt_id: str
@@ -92,11 +95,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """All trajectories of an update, alike on every rank, and which micro-batch of which data-parallel rank holds each.
+    """All trajectories of an update, alike on every rank, dealt to ranks and micro-batches.
 
-    `micro_batches[d][m]` lists indices into `trajectories`; every data-parallel rank has the same number of
-    micro-batches, an empty one is padding only. `fields[name][i]` is `[response_length of trajectory i]`, fp32, on the
-    CPU, one value a response token.
+    `micro_batches[d][m]` lists indices into `trajectories`; every data-parallel rank d has the same
+    number of micro-batches, an empty one is padding only. `fields[name][i]` is
+    `[response_length of trajectory i]`, fp32, on the CPU, one value a response token.
     """
 
     trajectories: tuple[Trajectory, ...]

@@ -1,4 +1,4 @@
-"""The two heads as the engine runs them: log-probabilities under an objective, and token scores under Eq. 12."""
+"""The heads as the engine runs them: log-probabilities under an objective, and token scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SequenceObjective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class LogprobHead:
-    """Log-probability and entropy of every response token; differentiates `objective` where there is one."""
+    """Log-probability and entropy of every response token; differentiates `objective` if given."""
 
     module: PackedGPT
     topology: Topology
@@ -46,7 +46,7 @@ class LogprobHead:
 
 @dataclass(frozen=True)
 class TokenScoreHead:
-    """The token reward model's score of every response token; trains their mean in each trajectory."""
+    """The score of every response token; `objective` trains their mean in each trajectory."""
 
     module: PackedGPT
     score_position: ScorePosition
@@ -60,7 +60,7 @@ class TokenScoreHead:
             return HeadResult(scores.new_zeros(()), {"scores": scores})
         means = mean_by_sequence(scores, micro_batch.sequence, len(micro_batch.rewards))
         loss = self.objective(means, micro_batch.rewards).sum()
-        # The scores stay in the graph of a micro-batch without trajectories: it too has a backward pass.
+        # The scores stay in the graph: a micro-batch without trajectories has a backward pass too.
         return HeadResult(loss + 0.0 * scores.sum(), {"scores": scores.detach()})
 
 

@@ -1,4 +1,4 @@
-"""One Megatron model on this rank and the two things done with it: run a batch forward, or take a step."""
+"""One Megatron model on this rank and what is done with it: run a batch forward, or step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
 from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition, lay_out
-from megatron_oreal.engine.optimizer import build_optimizer, set_learning_rate, wrap_for_training
+from megatron_oreal.engine.optimizer import (
+    build_optimizer,
+    set_learning_rate,
+    update,
+    wrap_for_training,
+)
 from megatron_oreal.models.build import HeadKind, PackedGPT, build_model
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.parallel.collectives import all_reduce_sum
@@ -22,7 +27,7 @@ from megatron_oreal.types import PackedBatch
 
 
 class HeadResult(NamedTuple):
-    """What a head makes of a micro-batch: its summed loss, and named `[n]` values, one a response token."""
+    """A head's summed loss of a micro-batch, and named `[n]` values, one a response token."""
 
     loss: torch.Tensor
     per_token: Mapping[str, torch.Tensor]
@@ -31,8 +36,15 @@ class HeadResult(NamedTuple):
 class Head(Protocol):
     """Turns the last stage's hidden states into a loss and the per-token values of these names."""
 
-    names: tuple[str, ...]
-    score_position: ScorePosition
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the per-token values it returns."""
+        ...
+
+    @property
+    def score_position(self) -> ScorePosition:
+        """Where it scores a response token."""
+        ...
 
     def __call__(self, hidden: torch.Tensor, micro_batch: MicroBatch) -> HeadResult:
         """`hidden` is what `PackedGPT.forward_packed` returns on the last stage."""
@@ -40,7 +52,7 @@ class Head(Protocol):
 
 
 class StepResult(NamedTuple):
-    """`per_token[name][i]` is `[response_length of trajectory i]`, from the forward before the update."""
+    """`per_token[name][i]` is `[response_length of trajectory i]`, as it was before the update."""
 
     per_token: dict[str, list[torch.Tensor]]
     loss: float
@@ -48,7 +60,7 @@ class StepResult(NamedTuple):
 
 
 class MegatronModel:
-    """A model of one role on this rank: `load` fills `model`'s parameters, then it is ready for use.
+    """A model of one role on this rank, ready for use once `load` has filled its parameters.
 
     With an `optimizer` configuration it can `step`; without one its parameters are frozen.
     """
@@ -103,23 +115,25 @@ class MegatronModel:
     def step(self, batch: PackedBatch, head: Head, learning_rate: float) -> StepResult:
         """Runs the batch forward and backward and updates the weights once.
 
-        Collective over the world. The values returned are those of the forward pass before the update.
+        Collective over the world. The values returned are those of the forward pass before the
+        update.
         """
-        assert self._optimizer is not None, "a frozen model takes no step"
+        assert isinstance(self._wrapped, DistributedDataParallel), "a frozen model takes no step"
+        assert self._optimizer is not None
         set_learning_rate(self._optimizer, learning_rate)
         with cuda_on_cpu():
             self._wrapped.zero_grad_buffer()
             self._optimizer.zero_grad()
         results = self._run(batch, head, forward_only=False)
         with cuda_on_cpu():
-            _, grad_norm, _ = self._optimizer.step()
+            grad_norm = update(self._optimizer)
         loss = sum((result.loss.detach().cpu() for result in results), start=torch.zeros(()))
         if not self.topology.reports_scores:
             loss = torch.zeros(())
         return StepResult(
             self._spread(batch, head.names, results),
             float(all_reduce_sum(loss.float())),
-            float(grad_norm or 0),
+            grad_norm,
         )
 
     def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[HeadResult]:
@@ -167,13 +181,13 @@ class MegatronModel:
 def _forward_step(
     micro_batches: Iterator[MicroBatch], model: Any, head: Head
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, HeadResult]]]:
-    """Megatron's forward step: this stage's hidden states, and what the last stage makes of them."""
+    """Returns this stage's hidden states, and what the last stage makes of them."""
     micro_batch = next(micro_batches)
     hidden = model(**PackedGPT.packed_inputs(micro_batch.tokens, micro_batch.packed))
 
     def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, HeadResult]:
         result = head(hidden, micro_batch)
-        # No tokens are counted: the objective has divided, Megatron adds up micro-batches and ranks.
+        # No tokens are counted: the objective divides, Megatron adds up micro-batches and ranks.
         return result.loss, torch.tensor(0, dtype=torch.int), result
 
     return hidden, loss

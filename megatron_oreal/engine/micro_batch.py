@@ -17,11 +17,12 @@ ScorePosition = Literal["before", "at"]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed `[t]` tokens; everything `[n]` runs over the response tokens of all trajectories in order.
+    """Packed `[t]` tokens; `[n]` runs over the response tokens of all trajectories in order.
 
-    `positions[j]` is where in `[t]` the hidden state stands that scores response token `targets[j]`:
-    the token before it, or, for token scores `at`, the token itself. `sequence[j]` counts the
-    trajectories of this micro-batch. `rewards` is `[trajectories]`.
+    `positions[j]` is where in `[t]` the hidden state stands that scores response token
+    `targets[j]`: the token before it, or, for token scores `at`, the token itself. `sequence[j]`
+    counts the trajectories of this micro-batch. `rewards` is `[trajectories]`; every field is
+    `[n]`.
     """
 
     tokens: torch.Tensor

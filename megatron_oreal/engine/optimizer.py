@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -27,7 +27,7 @@ def wrap_for_training(module: PackedGPT, config: Config) -> DistributedDataParal
 def build_optimizer(
     wrapped: DistributedDataParallel, optimizer: OptimizerConfig, config: Config
 ) -> MegatronOptimizer:
-    """Returns AdamW over this rank's parameters, or its share of them; collective over the world."""
+    """Returns AdamW over this rank's parameters or its share of them; collective over the world."""
     precision = config.model.precision
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -50,3 +50,13 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
     """Sets the rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def update(optimizer: MegatronOptimizer) -> float:
+    """Updates the weights and returns the gradient's norm before clipping.
+
+    Collective over the ranks that share the model.
+    """
+    # What Megatron's optimizers return is not declared on their base class.
+    _, grad_norm, _ = cast("tuple[bool, float | None, int | None]", optimizer.step())
+    return float(grad_norm or 0)

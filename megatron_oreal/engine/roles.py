@@ -1,4 +1,4 @@
-"""The three models of OREAL and what each is asked: policy, frozen reference, token reward model."""
+"""The models of OREAL and what each is asked: policy, frozen reference, token reward model."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ class TokenRewardModel:
     def step(
         self, batch: PackedBatch, objective: SequenceObjective, learning_rate: float
     ) -> TokenRewardStep:
-        """Takes one step down the objective of each trajectory's mean score; collective over the world."""
+        """Takes one step down the objective of each trajectory's mean score.
+
+        Collective over the world.
+        """
         head = replace(self._head, objective=objective)
         result = self.model.step(batch, head, learning_rate)
         return TokenRewardStep(result.per_token["scores"], result.loss, result.grad_norm)

@@ -1,7 +1,8 @@
-"""Causal attention over packed sequences through torch's own kernel, where Transformer Engine is not."""
+"""Causal attention over packed sequences through torch's own kernel, without Transformer Engine."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class PackedCoreAttention(MegatronModule):
             `[t, heads/tp * d]`.
         """
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         attended = [
             _attend(q, k, v, self.softmax_scale)
             for q, k, v in zip(

@@ -1,4 +1,4 @@
-"""Builds a model family's Megatron model for this rank: decoder and embedding as Megatron makes them, the head ours."""
+"""Builds this rank's Megatron model: decoder and embedding are Megatron's own, the head is not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class PackedGPT(GPTModel):
-    """A `GPTModel` over packed sequences that ends with its hidden states; heads are applied to them outside."""
+    """A `GPTModel` over packed sequences that ends with its hidden states; heads stand outside."""
 
     has_vocab_head = True
 
@@ -35,12 +35,13 @@ class PackedGPT(GPTModel):
     def packed_inputs(tokens: torch.Tensor, packed: PackedSeqParams) -> dict[str, Any]:
         """Returns the arguments of `forward` for packed tokens `[t]`.
 
-        The forward pass is collective over the tensor-parallel group and returns `[t/tp or t, 1, h]`:
-        after the final norm on the last pipeline stage, what the next stage reads on the others.
+        The forward pass is collective over the tensor-parallel group and returns
+        `[t/tp or t, 1, h]`: after the final norm on the last pipeline stage, what the next stage
+        reads on the others.
         """
         return {
             "input_ids": tokens.unsqueeze(0),
-            # Rotary embeddings start anew with each packed sequence; nothing else asks for positions.
+            # Rotary embeddings start anew with each packed sequence; nothing else reads positions.
             "position_ids": tokens.unsqueeze(0),
             "attention_mask": None,
             "packed_seq_params": packed,
@@ -50,10 +51,11 @@ class PackedGPT(GPTModel):
         return hidden_states
 
     def output_weight(self) -> torch.Tensor:
-        """The rows `[v/tp, h]` of the language-model head, the embedding's own where they are tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        """The rows `[v/tp, h]` of the language-model head: the embedding's own where tied."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None, "only the last stage holds the head"
+        return weight
 
     def gathered_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turns the last stage's output into `[t, h]` on every rank of the tensor-parallel group.
@@ -114,9 +116,10 @@ def build_model(
     head: HeadKind,
     seed: int,
 ) -> PackedGPT:
-    """Builds this rank's part of a model, its weights not yet loaded; the scalar head is drawn from `seed`.
+    """Builds this rank's part of a model, its weights not yet loaded; not collective.
 
-    Not collective. The vocabulary is padded to a multiple of the tensor-parallel size.
+    The scalar head is drawn from `seed`. The vocabulary is padded to a multiple of the
+    tensor-parallel size.
     """
     config = transformer_config(dims, parallel, precision)
     with cuda_on_cpu():
@@ -133,5 +136,5 @@ def build_model(
         )
         model.has_vocab_head = head == "vocab"
         if head == "scalar" and topology.is_last_stage:
-            model.output_layer = ScalarHead(config, seed)
+            model.register_module("output_layer", ScalarHead(config, seed))
         return model.to(compute_device())

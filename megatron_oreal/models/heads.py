@@ -1,9 +1,9 @@
-"""What stands on the last hidden states: chunked log-probabilities of the vocabulary, or one score a token.
+"""What stands on the last hidden states: chunked vocabulary log-probabilities, or a score a token.
 
-The language-model head never holds the logits of a micro-batch. It walks over the response tokens in
-chunks; while a chunk's logits exist it takes the log-probability and entropy of each token and, when
-it trains, the gradient of an elementwise objective of those log-probabilities, so that nothing is
-recomputed in the backward pass.
+The language-model head never holds the logits of a micro-batch. It walks over the response tokens
+in chunks; while a chunk's logits exist it takes the log-probability and entropy of each token and,
+when it trains, the gradient of an elementwise objective of those log-probabilities, so that nothing
+is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 
 Fields = Mapping[str, torch.Tensor]
 Objective = Callable[[torch.Tensor, Fields], torch.Tensor]
-"""Elementwise: `(logprobs [n], fields: dict of [n]) -> loss [n]`, divided by the global denominators."""
+"""Elementwise `(logprobs [n], fields: dict of [n]) -> loss [n]`, over the global denominators."""
 
 
 class HeadOutput(NamedTuple):
@@ -31,7 +31,7 @@ class HeadOutput(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """This rank's rows of the output weight: those from `start` up to the end of the true vocabulary."""
+    """This rank's rows of the output weight: from `start` on, within the true vocabulary."""
 
     start: int
     rows: int
@@ -56,7 +56,8 @@ def vocab_logprobs(
 ) -> HeadOutput:
     """Scores `targets` under softmax(hidden @ weight.T), a chunk of tokens at a time.
 
-    Collective over `shard.group` (tensor parallel). `logprobs[i]` scores `targets[i]` given `hidden[i]`.
+    Collective over `shard.group` (tensor parallel). `logprobs[i]` scores `targets[i]` given
+    `hidden[i]`.
 
     Args:
         hidden: `[n, h]`, the same on every rank of the group; its gradient is this rank's part.
@@ -94,7 +95,8 @@ class _ObjectiveHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Scaled in place, so that no second copy of the weight's gradient exists: one backward pass a graph.
+        # Scaled in place, so that no second copy of the weight's gradient exists: a graph has one
+        # backward pass.
         hidden_grad, weight_grad = ctx.grads
         ctx.grads = None
         scale = grad_outputs[0]
@@ -194,10 +196,11 @@ def _differentiate(
 
 
 class ScalarHead(torch.nn.Module):
-    """The token reward model's head: linear, no bias, drawn from U(-1/sqrt(h), 1/sqrt(h)), fp32 scores.
+    """The token reward model's head: linear, no bias, fp32 scores.
 
-    It stands where `GPTModel` keeps its output layer. Under sequence parallelism each rank scores its
-    own tokens and the weight is marked so that Megatron sums its gradient over TP.
+    It is drawn from U(-1/sqrt(h), 1/sqrt(h)) and stands where `GPTModel` keeps its output layer.
+    Under sequence parallelism each rank scores its own tokens and the weight is marked so that
+    Megatron sums its gradient over TP.
     """
 
     def __init__(self, config: TransformerConfig, seed: int) -> None:

@@ -1,8 +1,9 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it runs, plain torch's elsewhere."""
+"""Which modules a transformer layer is made of: Transformer Engine's, or plain torch's."""
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -13,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
@@ -45,14 +47,16 @@ def transformer_engine_runs() -> bool:
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Returns what `GPTModel` builds its layers of on this pipeline stage."""
     if transformer_engine_runs():
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    parts: Any = layer.submodules  # Megatron types a spec's submodules as objects
+    parts.input_layernorm = RMSNorm
+    parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = PackedCoreAttention
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=ModuleSpec(RMSNorm)
     )
+    return ModuleSpec(TransformerBlock, submodules=block)

@@ -1,4 +1,4 @@
-"""Scores a policy on held-out questions: pass@1 as the mean of n samples, unbiased pass@k, greedy."""
+"""Scores a policy on held-out questions: mean pass@1 of n samples, unbiased pass@k, greedy."""
 
 from __future__ import annotations
 

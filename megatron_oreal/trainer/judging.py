@@ -1,4 +1,4 @@
-"""Algorithm 1, line 6: every answer is judged on exactly one rank and the verdicts are exchanged."""
+"""Algorithm 1, line 6: each answer is judged on exactly one rank, the verdicts exchanged."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from megatron_oreal.verify.cascade import Verifier
 
 @dataclass
 class OrealLoop:
-    """One iteration of OREAL; every rank runs the same lines, all calls collective over the world."""
+    """One iteration of OREAL; every rank runs the same lines, each collective over the world."""
 
     config: Config
     prompts: PromptSampler
@@ -44,7 +44,7 @@ class OrealLoop:
     engine_checked: bool = False
 
     def iterate(self, iteration: int) -> None:
-        """Samples, judges, and, where any question is neither solved nor failed throughout, learns."""
+        """Samples, judges, and learns where a question is neither solved nor failed throughout."""
         cfg, journal = self.config, self.journal
         prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
         groups = self._generate(prompts, iteration)  # l. 5

@@ -1,4 +1,4 @@
-"""From a config to a training run: every part built once, in the order that start-up errors need."""
+"""From a config to a run: every part built once, in the order that start-up errors need."""
 
 from __future__ import annotations
 
