@@ -66,16 +66,15 @@ class LiveCheck:
 
     @torch.no_grad()
     def differing(self) -> list[str]:
-        """Returns the names of the noted tensors that this rank's model does not hold."""
-        return [
-            name
-            for name, samples in self._handed.items()
-            if not samples
-            or not all(
-                _same(part.read(), sample)
-                for part, sample in zip(self._parts[name], samples, strict=True)
-            )
-        ]
+        """Returns the names of tensors not handed, not held by the model, or held otherwise."""
+        names = sorted(self._parts.keys() | self._handed.keys())
+        return [name for name in names if not self._holds(name)]
+
+    def _holds(self, name: str) -> bool:
+        parts, samples = self._parts[name], self._handed.get(name, [])
+        return len(parts) == len(samples) > 0 and all(
+            _same(part.read(), sample) for part, sample in zip(parts, samples, strict=True)
+        )
 
 
 def _parts(model: nn.Module) -> Iterator[_Part]:

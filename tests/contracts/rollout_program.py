@@ -169,9 +169,9 @@ class Case:
         for weights in ("old", "new"):
             (check,) = self.engine._llm.apply_model(LiveCheck)
             tensors = checkpoint(self.folder / weights)
-            for _ in check.noted(iter(tensors.items())):
-                pass
-            self.found[f"differs_from_{weights}"] = [len(check.differing()), len(tensors)]
+            handed = self.engine._with_tied_head(iter(tensors.items()), set())
+            total = sum(1 for _ in check.noted(handed))
+            self.found[f"differs_from_{weights}"] = [len(check.differing()), total]
 
     def refusals(self) -> None:
         too_long = [Request((3,) * WINDOW, 0)]
