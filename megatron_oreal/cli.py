@@ -52,10 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, config: Config) -> None:
     # Imported here: --help and a mistyped key should not wait for torch, Megatron and vLLM.
     from megatron_oreal.parallel.collectives import start_world, stop_world
+    from megatron_oreal.parallel.cuda_on_cpu import has_gpu
     from megatron_oreal.trainer.evaluate import evaluate
     from megatron_oreal.trainer.sft import fine_tune
     from megatron_oreal.trainer.train import train
 
+    if not has_gpu():  # advice on CUDA's queues
+        warnings.filterwarnings("ignore", message="When using sequence parallelism it is recomm")
     start_world()
     try:
         if options.command == "train":

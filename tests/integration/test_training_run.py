@@ -1,0 +1,262 @@
+"""One short run of the whole loop on its real parts, two ranks, and what it must leave behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_oreal.config.load import load_config
+from megatron_oreal.data.prompts import load_prompts
+from megatron_oreal.data.tokenizer import load_tokenizer
+from megatron_oreal.monitor.metrics import read_metrics
+from tests.integration import toy
+from tests.integration.commands import Finished, alone, run, under_torchrun
+from tests.integration.conftest import FineTuning
+
+pytestmark = pytest.mark.vllm
+
+FROZEN, FIRST_UPDATE, LAST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A finished run, read back from its folder."""
+
+    folder: Path
+    settings: list[str]
+    finished: Finished
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "hf" / "final"
+
+
+def read_run(folder: Path, settings: list[str], finished: Finished) -> TrainingRun:
+    assert finished.status == 0, finished.stderr
+    metrics = read_metrics(folder / "metrics.jsonl")
+    return TrainingRun(
+        folder,
+        settings,
+        finished,
+        [line for line in metrics if line["kind"] == "train"],
+        [line for line in metrics if line["kind"] == "eval"],
+        json.loads((folder / "summary.json").read_text()),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, fine_tuning: FineTuning) -> TrainingRun:
+    """Tensor parallelism 2 with sequence parallelism, one vLLM engine a rank."""
+    settings = toy.settings(
+        root,
+        "trained",
+        fine_tuning.model,
+        run__seed=7,
+        parallel__tensor=2,
+        schedule__iterations=3,
+        schedule__freeze_iterations=1,
+        evaluation__at_start="true",
+        evaluation__at_end="true",
+        evaluation__every=2,
+        monitor__transcripts_per_iteration=6,
+    )
+    return read_run(root / "trained", settings, under_torchrun(2, "train", *settings))
+
+
+@pytest.fixture(scope="module")
+def hopeless(root: Path) -> TrainingRun:
+    """An untrained policy solves nothing: every batch is trivial. A single rank."""
+    settings = toy.settings(
+        root,
+        "hopeless",
+        schedule__iterations=3,
+        schedule__freeze_iterations=1,
+        evaluation__at_end="true",
+        monitor__wandb="disabled",
+    )
+    return read_run(root / "hopeless", settings, alone("train", *settings))
+
+
+@pytest.fixture(scope="module")
+def greedy_of_vllm(root: Path, trained: TrainingRun) -> list[dict[str, Any]]:
+    """Greedy answers to the held-out questions from an engine started on the exported folder."""
+    out = root / "greedy.json"
+    program = ("-m", "tests.integration.greedy_program", str(out))
+    finished = run([sys.executable, *program, *evaluation_settings(root, trained)])
+    assert finished.status == 0, finished.stderr
+    return json.loads(out.read_text())
+
+
+def evaluation_settings(root: Path, trained: TrainingRun) -> list[str]:
+    return toy.settings(root, "unused", trained.model, run__seed=7)
+
+
+def test_fine_tuning_lowers_the_loss(fine_tuning: FineTuning) -> None:
+    losses = [line["sft/loss"] for line in fine_tuning.metrics]
+    # At first about ln(19 tokens) = 2.9; a perfect form with the answer at random costs ln 2 once
+    # in 11 tokens, 0.06.
+    assert losses[0] > 2.5
+    assert 0.06 < losses[-1] < 0.2
+    summary = json.loads((fine_tuning.folder / "summary.json").read_text())
+    assert summary["steps"] == len(losses) == 42
+    assert summary["hf"] == str(fine_tuning.model)
+
+
+def test_every_iteration_and_evaluation_has_its_line(trained: TrainingRun) -> None:
+    assert [line["iteration"] for line in trained.train] == [0, 1, 2]
+    assert [line["iteration"] for line in trained.evaluations] == [0, 2, 3]
+    for line in trained.train + trained.evaluations:
+        values = [value for name, value in line.items() if name != "kind"]
+        assert all(math.isfinite(value) for value in values), line
+
+
+def test_every_iteration_trained(trained: TrainingRun) -> None:
+    for line in trained.train:
+        assert line["oreal/trajectories"] >= 2
+        assert line["oreal/trajectories"] % 2 == 0  # a correct and an incorrect one each
+        assert line["token_rm/grad_norm"] > 0
+        assert 0 < line["rollout/pass_rate"] < 1
+
+
+def test_policy_equals_reference_until_it_has_moved(trained: TrainingRun) -> None:
+    for line in trained.train[: FIRST_UPDATE + 1]:
+        assert line["oreal/reference_difference_max"] == 0
+        assert line["oreal/kl_k1"] == line["oreal/kl_k3"] == line["oreal/kl_loss"] == 0
+    assert trained.train[LAST]["oreal/reference_difference_max"] > 1e-4
+    assert trained.train[LAST]["oreal/kl_k3"] > 0
+
+
+def test_the_frozen_policy_takes_no_step(trained: TrainingRun) -> None:
+    frozen, first = trained.train[FROZEN], trained.train[FIRST_UPDATE]
+    assert frozen["oreal/learning_rate"] == frozen["oreal/grad_norm"] == 0
+    assert first["oreal/learning_rate"] == 1e-3  # one iteration of warm-up: at the peak
+    assert first["oreal/grad_norm"] > 0
+    assert trained.evaluations[0]["eval/pass_at_1"] == trained.summary["pass_at_1"]["before"]
+
+
+def test_engine_and_policy_agree_on_every_sampled_token(trained: TrainingRun) -> None:
+    for line in trained.train:  # the last one on weights that were pushed
+        assert line["rollout/mismatch_mean"] < 2e-5
+        assert line["rollout/mismatch_max"] < 1e-3
+
+
+def test_transcripts_hold_what_was_sampled_judged_and_weighed(trained: TrainingRun) -> None:
+    files = sorted((trained.folder / "rollouts").iterdir())
+    assert [file.name for file in files] == [f"iter_{i:06d}.jsonl" for i in range(3)]
+    for file in files:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(lines) == 6
+        assert any(line["trained"] for line in lines)
+        for line in lines:
+            assert line["reward"] == {"correct": 1, "incorrect": -1}[line["outcome"]]
+            assert line["advantage"] is not None
+            assert len(line["tokens"]) == len(line["logprobs"]) > 0
+            if line["reward"] == 1:
+                assert line["response"].endswith(f"\\boxed{{{line['gold_answer']}}}")
+            for values in line["per_token"].values():
+                assert len(values) == len(line["tokens"])
+
+
+def test_config_of_the_run_loads_back(trained: TrainingRun) -> None:
+    assert load_config([trained.folder / "config.yaml"], []) == load_config([], trained.settings)
+
+
+def test_summary_has_the_rates_before_and_after(trained: TrainingRun) -> None:
+    summary = trained.summary
+    assert summary["pass_at_1"].keys() == summary["pass_at_8"].keys() == {"before", "after"}
+    assert 0 < summary["pass_at_1"]["before"] <= summary["pass_at_8"]["before"] <= 1
+    assert summary["pass_at_1"]["after"] == trained.evaluations[-1]["eval/pass_at_1"]
+    assert summary["seed"] == 7
+    assert summary["ranks"] == 2
+    assert summary["hf"] == str(trained.model)
+    phases = {"start", "generate", "verify", "token_rm", "reference", "policy", "sync", "evaluate"}
+    assert phases <= summary["seconds"].keys()
+
+
+def test_console_shows_iterations_and_the_table_once(trained: TrainingRun) -> None:
+    lines = trained.finished.stdout.splitlines()
+    assert sum(line.startswith("train ") for line in lines) == 3
+    assert sum("pass@1" in line for line in lines) == 1
+    assert not trained.finished.lines()
+    assert "Warning:" not in trained.finished.stderr.replace("Warning: NUMA binding:", "")
+
+
+def test_wandb_wrote_offline(trained: TrainingRun) -> None:
+    assert len(list((trained.folder / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_evaluate_finds_the_same_rates_on_the_exported_checkpoint(
+    root: Path, trained: TrainingRun
+) -> None:
+    """The same seeds on the same weights: one rank here, two in the run that wrote them."""
+    finished = alone("evaluate", "--json", *evaluation_settings(root, trained))
+    assert finished.status == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    assert found["model"] == str(trained.model)
+    assert found["questions"] == 16
+    for k in (1, 8):
+        assert found["pass_at"][str(k)] == trained.summary[f"pass_at_{k}"]["after"]
+    assert found["greedy"] == trained.summary["greedy"]["after"]
+
+
+def test_transformers_and_vllm_write_the_same_greedy_text(
+    root: Path, trained: TrainingRun, greedy_of_vllm: list[dict[str, Any]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained.model)
+    prompts = load_prompts(
+        root / "held_out.jsonl",
+        load_tokenizer(trained.model),
+        None,
+        max_total_tokens=toy.WINDOW,
+    )
+    assert len(prompts) == len(greedy_of_vllm) == 16
+    for prompt, answer in zip(prompts, greedy_of_vllm, strict=True):
+        assert list(prompt.tokens) == answer["prompt"]
+        inputs = torch.tensor([prompt.tokens])
+        outputs = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=16,
+            do_sample=False,
+        )[0, len(prompt.tokens) :]
+        assert outputs.tolist() == answer["response"]
+        assert tokenizer.decode(outputs, skip_special_tokens=True) == answer["text"]
+
+
+def test_exported_weights_have_moved(trained: TrainingRun, fine_tuning: FineTuning) -> None:
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (fine_tuning.model, trained.model)
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_trivial_batches_take_no_step_and_the_schedule_goes_on(hopeless: TrainingRun) -> None:
+    assert [line["iteration"] for line in hopeless.train] == [0, 1, 2]
+    for line in hopeless.train:
+        assert line["rollout/all_incorrect_share"] == 1
+        assert line["oreal/trajectories"] == 0
+        assert not {"oreal/loss", "oreal/grad_norm", "token_rm/loss"} & line.keys()
+    assert hopeless.summary["pass_at_1"] == {"after": 0.0}
+    assert not {"token_rm", "policy", "sync"} & hopeless.summary["seconds"].keys()
+
+
+def test_trivial_batches_leave_the_weights_bit_for_bit(hopeless: TrainingRun, root: Path) -> None:
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (root / "model", hopeless.model)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
