@@ -81,7 +81,7 @@ def destroy() -> None:
 
     Megatron itself only forgets them: gloo's threads would go on, and spin.
     """
-    groups = [group for group in parallel_state._global_process_group_list or () if group]
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # None stands for the world, which stays
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
-    for group in groups:
-        dist.destroy_process_group(group)
