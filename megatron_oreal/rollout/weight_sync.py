@@ -46,6 +46,7 @@ class WeightSync:
 
     def _counted(self, received: Checksums) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._stream.full_tensors():
+            yield name, tensor
+            # Counted when the engine asks for the next: what it did to this one shows as well.
             shape = tuple(tensor.shape)
             received[name] = int(tensor_checksum(tensor, Box.whole(shape), shape))
-            yield name, tensor

@@ -2,19 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_oreal.parallel.collectives import start_world, stop_world
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.types import Rollout
-
-
-@pytest.fixture
-def world_of_one(monkeypatch):
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    start_world()
-    yield
-    stop_world()
 
 
 def rollout(*tokens: int, text: str = "") -> Rollout:
