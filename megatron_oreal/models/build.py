@@ -95,6 +95,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
         variable_seq_lengths=parallel.pipeline > 1,  # packed micro-batches differ in length
+        # Dense models have no experts, yet the default dispatcher is refused with varying lengths.
+        moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # Megatron adds up, the objective divides
         use_cpu_initialization=compute_device().type == "cpu",
         perform_initialization=False,  # every weight comes from a checkpoint
