@@ -15,12 +15,13 @@ import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
 
 from megatron_oreal.config.errors import UserError
-from megatron_oreal.parallel.collectives import world_rank, world_size
+from megatron_oreal.parallel.collectives import broadcast_bytes, world_rank, world_size
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES: dict[Precision, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 _GIB = 1 << 30
+_CPU_WORKER = "megatron_oreal.rollout.vllm_cpu_worker.NamedCpuWorker"
 _PREFILL_TOKENS = 8192  # at least so many prompt tokens a step
 
 
@@ -243,9 +245,11 @@ def _quiet(verbose: bool) -> Iterator[None]:
 def _start(
     model_path: str, config: RolloutConfig, precision: Precision, max_total_tokens: int
 ) -> LLMEngine:
+    """Builds this rank's part of an engine; collective over the world."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    name = broadcast_bytes(uuid4().hex.encode()).decode()
     arguments = EngineArgs(
         model=model_path,
         skip_tokenizer_init=True,
@@ -259,6 +263,8 @@ def _start(
         distributed_executor_backend="external_launcher",
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=None if has_gpu() else config.kv_cache_gib * _GIB,
+        worker_cls="auto" if has_gpu() else _CPU_WORKER,
+        additional_config={"engine_name": name},
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
