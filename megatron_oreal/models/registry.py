@@ -39,5 +39,8 @@ def read_model(folder: str | Path) -> tuple[Family, ModelDims]:
         UserError: Its `config.json` is missing, malformed, or describes what is not supported.
     """
     config_json = read_config_json(folder)
-    family = find_family(config_json)
-    return family, family.read_dims(config_json)
+    try:
+        family = find_family(config_json)
+        return family, family.read_dims(config_json)
+    except UserError as error:
+        raise UserError(f"model.path={folder}: {error}") from error

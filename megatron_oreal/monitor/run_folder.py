@@ -70,7 +70,8 @@ class RunFolder:
         Raises:
             UserError: if the folder holds a run and `resume` is false, or cannot be made.
         """
-        if not resume and self.metrics.exists():
+        # A run that was refused at its start leaves an empty file, and nothing to lose.
+        if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise UserError(f"run.folder={self.root}: holds a run already; name another folder")
         try:
             for folder in (self.rollouts, self.checkpoints, self.hf):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptSampler
 from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
+from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.weight_sync import WeightSync
@@ -59,6 +61,8 @@ def read_texts(config: Config, *, training: bool) -> Texts:
         UserError: What is missing or malformed, by file, line and field.
     """
     with agree():
+        # First: transformers has a traceback of its own for each kind of family it half knows.
+        _, dims = read_model(config.model.path)
         tokenizer = load_tokenizer(config.model.path)
         stop_id = stop_token_id(tokenizer, config.model.stop_token)
         read = partial(
@@ -67,11 +71,32 @@ def read_texts(config: Config, *, training: bool) -> Texts:
             system_prompt=config.data.system_prompt,
             max_total_tokens=config.sampling.max_total_tokens,
         )
-        return Texts(
+        texts = Texts(
             tokenizer,
             stop_id,
             read(config.data.path) if training else [],
             read(config.evaluation.path, key="evaluation.path") if config.evaluation.path else [],
+        )
+        prompts = (prompt.tokens for prompt in (*texts.training, *texts.held_out))
+        check_vocabulary(tokenizer, dims.vocab, ((stop_id,), *prompts))
+    return texts
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab: int, texts: Iterable[Sequence[int]]
+) -> None:
+    """Checks that the model has a row for every token of these texts; not collective.
+
+    Raises:
+        UserError: It has not; names the token.
+    """
+    largest = max(max(tokens) for tokens in texts)
+    if largest >= vocab:
+        raise UserError(
+            f"model.path={tokenizer.name_or_path}: the tokenizer gives"
+            f" {tokenizer.convert_ids_to_tokens(largest)} the id {largest}, beyond the"
+            f" vocab_size={vocab} of config.json: bring the model's own tokenizer, or name another"
+            " model.stop_token if it is that"
         )
 
 

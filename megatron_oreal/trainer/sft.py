@@ -13,10 +13,12 @@ from megatron_oreal.config.schema import Config, ScheduleConfig
 from megatron_oreal.data.demonstrations import Demonstration, load_demonstrations
 from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
 from megatron_oreal.engine.roles import Policy
+from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.models import open_source
 from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.setup import check_vocabulary
 from megatron_oreal.types import Trajectory
 
 
@@ -90,11 +92,15 @@ def _trajectory(demonstration: Demonstration, index: int) -> Trajectory:
 def _read(config: Config) -> list[Demonstration]:
     if config.sft.path is None:
         raise UserError("sft.path=null: name the JSONL file of demonstrations")
+    _, dims = read_model(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    return load_demonstrations(
+    demonstrations = load_demonstrations(
         config.sft.path,
         tokenizer,
         config.data.system_prompt,
         stop_token_id(tokenizer, config.model.stop_token),
         max_total_tokens=config.sampling.max_total_tokens,
     )
+    texts = (demo.prompt_tokens + demo.response_tokens for demo in demonstrations)
+    check_vocabulary(tokenizer, dims.vocab, texts)
+    return demonstrations

@@ -44,11 +44,19 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_run_is_kept_unless_resumed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.create("first")
-    folder.metrics.touch()
+    folder.metrics.write_text("{}\n")
     with pytest.raises(UserError, match=r"^run\.folder=.*: holds a run already"):
         folder.create("second")
     assert folder.config.read_text(encoding="utf-8") == "first"
     folder.create("second", resume=True)
+    assert folder.config.read_text(encoding="utf-8") == "second"
+
+
+def test_a_folder_whose_run_was_refused_at_its_start_is_free(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create("first")
+    folder.metrics.touch()
+    folder.create("second")
     assert folder.config.read_text(encoding="utf-8") == "second"
 
 
