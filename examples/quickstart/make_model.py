@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a tokenizer of single characters that turns every text of the task into ids and back."""
+    """Builds a tokenizer of single characters that turns any text of the task into ids and back."""
     vocabulary = {token: number for number, token in enumerate((*MARKS, *CHARACTERS))}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
@@ -39,6 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """Draws the weights from the seed."""
     torch.manual_seed(seed)
+    ids = tokenizer.get_vocab()
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -49,8 +50,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
             num_key_value_heads=4,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=ids[MARKS[0]],
+            eos_token_id=ids[MARKS[1]],
             bos_token_id=None,
         )
     )

@@ -53,9 +53,9 @@ def _entries(name: str, limits: dict[str, int], seed: int) -> Iterator[dict[str,
 
 
 def work_out(expression: str) -> str:
-    """Writes the steps of an expression, one operation each, and boxes the result.
+    r"""Writes the steps of an expression, one operation each, and boxes the result.
 
-    `7 + 5 - 9` becomes `7+5=12;12-9=3;\\boxed{3}`.
+    `7 + 5 - 9` becomes `7+5=12;12-9=3;\boxed{3}`.
     """
     words = expression.split(" ")
     total, steps = int(words[0]), ""
