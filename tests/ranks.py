@@ -159,7 +159,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection) -> None:
             topology.initialize(**layout)
             torch.manual_seed(0)
             answer = pickle.dumps((True, fn(*args)))
-            gc.collect()  # a model kept alive keeps its groups, whose threads spin once peers have left
+            gc.collect()  # a living model holds its groups, whose threads spin once peers leave
             topology.destroy()
         except EOFError as closed:
             raise SystemExit(0) from closed

@@ -62,7 +62,7 @@ class StepResult(NamedTuple):
 class MegatronModel:
     """A model of one role on this rank, ready for use once `load` has filled its parameters.
 
-    With an `optimizer` configuration it can `step`; without one its parameters are frozen.
+    With an `optimizer` configuration it can `step`; without one nothing ever changes it.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class MegatronModel:
         self._wrapped: PackedGPT | DistributedDataParallel = self.module
         self._optimizer = None
         if optimizer is None:
-            self.module.requires_grad_(requires_grad=False)
+            # Still `requires_grad`: Megatron multiplies by frozen weights in another way, which
+            # rounds differently, and a reference equal to the policy must score equally.
             self.module.eval()
             return
         with cuda_on_cpu():
@@ -127,7 +128,7 @@ class MegatronModel:
         results = self._run(batch, head, forward_only=False)
         with cuda_on_cpu():
             grad_norm = update(self._optimizer)
-        loss = sum((result.loss.detach().cpu() for result in results), start=torch.zeros(()))
+        loss = sum((result.loss.cpu() for result in results), start=torch.zeros(()))
         if not self.topology.reports_scores:
             loss = torch.zeros(())
         return StepResult(

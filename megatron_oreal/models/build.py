@@ -10,8 +10,12 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
 
@@ -139,4 +143,21 @@ def build_model(
         model.has_vocab_head = head == "vocab"
         if head == "scalar" and topology.is_last_stage:
             model.register_module("output_layer", ScalarHead(config, seed))
+        _mark_shards(model)
         return model.to(compute_device())
+
+
+def _mark_shards(model: PackedGPT) -> None:
+    """Marks the weights that are cut over tensor parallelism, as Megatron does where it draws them.
+
+    Without the mark it takes them for copies and leaves all but rank 0's out of the gradient norm.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None:  # a tied output layer of the first stage has none
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)

@@ -64,7 +64,6 @@ class ModelSource:
 
     def export(self, policy: Policy, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder; collective over the world."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
         export_hf(
             self.stream(policy, receivers=(0,)),
             folder,

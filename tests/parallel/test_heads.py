@@ -1,4 +1,4 @@
-"""The vocabulary head: same numbers however the vocabulary is spread, and no more memory than its chunks need."""
+"""The vocabulary head: same numbers however it is spread, no more memory than chunks need."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_micro_batch_without_response_tokens_has_a_live_graph_and_no_gradient(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are still alive, and their peak."""
+    """Counts the bytes of storages that operations made and that are still alive; their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(tokens: int, vocab: int, hidden_size: int, chunk_tokens: int) -> tuple[int, int]:
-    """Returns peak live bytes inside the head, forward and backward, and what gradients need of it."""
+    """Returns peak live bytes inside the head, both passes, and what gradients need of it."""
     world = dist.group.WORLD
     assert world is not None
     rows = vocab // world.size()
@@ -172,6 +172,5 @@ def test_peak_memory_is_a_few_chunks_of_logits(ranks: RankPools, world: int) -> 
     tokens, vocab, chunk_tokens = 4096, 32768, 512
     for peak, gradients in ranks(world).run(peak_bytes, tokens, vocab, 64, chunk_tokens):
         one_chunk = chunk_tokens * vocab // world * 4
-        print(f"world {world}: {(peak - gradients) / one_chunk:.2f} chunks of logits")
-        assert peak - gradients > one_chunk, "the count must see the logits"
-        assert peak - gradients <= 4 * one_chunk
+        chunks = (peak - gradients) / one_chunk
+        assert 1 < chunks <= 4, "the count must see the logits of a chunk, and few others"
