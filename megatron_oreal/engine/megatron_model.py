@@ -188,7 +188,9 @@ def _forward_step(
 
     def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, HeadResult]:
         result = head(hidden, micro_batch)
+        # Megatron frees the tensor it gets once it has no more use for its value.
+        record = result._replace(loss=result.loss.detach())
         # No tokens are counted: the objective divides, Megatron adds up micro-batches and ranks.
-        return result.loss, torch.tensor(0, dtype=torch.int), result
+        return result.loss, torch.tensor(0, dtype=torch.int), record
 
     return hidden, loss
