@@ -120,7 +120,7 @@ quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
 
 layouts: $(STAMP)
-	$(BIN)/python tests/integration/layouts.py
+	$(BIN)/python -m tests.integration.layouts
 
 nightly: test layouts
 	$(BIN)/pytest tests -m slow

@@ -10,37 +10,27 @@ import pytest
 
 from megatron_oreal.monitor.metrics import read_metrics
 from tests.integration import toy
-from tests.integration.commands import alone
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """A short `megatron-oreal sft`."""
+    """A short `megatron-oreal sft` and the Hugging Face folder it left."""
 
     folder: Path
+    model: Path
     metrics: list[dict[str, Any]]
-
-    @property
-    def model(self) -> Path:
-        """The Hugging Face folder it left."""
-        return self.folder / "hf" / "final"
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model/`, `questions.jsonl`, `held_out.jsonl` and `demonstrations.jsonl`."""
     root = tmp_path_factory.mktemp("integration")
-    toy.save_model(root / "model")
-    toy.save_data(root)
+    toy.make(root)
     return root
 
 
 @pytest.fixture(scope="session")
 def fine_tuning(root: Path) -> FineTuning:
-    settings = toy.settings(
-        root, "sft", monitor__wandb="disabled", engine__tokens_per_micro_batch=1024
-    )
-    finished = alone("sft", *settings)
-    assert finished.status == 0, finished.stderr
+    model = toy.fine_tune(root)
     folder = root / "sft"
-    return FineTuning(folder, read_metrics(folder / "metrics.jsonl"))
+    return FineTuning(folder, model, read_metrics(folder / "metrics.jsonl"))

@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from tests.integration.commands import alone
+
 PAD, STOP, USER, ASSISTANT = "<pad>", "<end>", "<user>", "<assistant>"
 CHARACTERS = "0123456789+\\boxed{}"
 VOCABULARY = {
@@ -45,6 +47,21 @@ SHAPE = {
     "pad_token_id": VOCABULARY[PAD],
     "bos_token_id": None,
 }
+
+
+def make(root: Path) -> None:
+    """`model/`, `questions.jsonl`, `held_out.jsonl` and `demonstrations.jsonl` in `root`."""
+    save_model(root / "model")
+    save_data(root)
+
+
+def fine_tune(root: Path) -> Path:
+    """Teaches the toy of `root` the form of an answer, and returns the model's folder."""
+    chosen = settings(root, "sft", monitor__wandb="disabled", engine__tokens_per_micro_batch=1024)
+    finished = alone("sft", *chosen)
+    if finished.status != 0:
+        raise RuntimeError(finished.stderr)
+    return root / "sft" / "hf" / "final"
 
 
 def save_model(folder: Path, **shape: Any) -> None:
