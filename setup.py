@@ -24,7 +24,7 @@ REQUIRED = [
     # JSON lines checked against a declared record, with the field named in the error.
     "msgspec>=0.20",
     # The run log; offline unless told otherwise.
-    "wandb>=0.25",
+    "wandb>=0.31",
     # Progress bars and tables on the console.
     "rich>=14",
     # megatron's dist_checkpointing asks it for the free memory.
