@@ -159,5 +159,7 @@ def _mark_shards(model: PackedGPT) -> None:
             dim = 1
         else:
             continue
-        if module.weight is not None:  # a tied output layer of the first stage has none
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        weight = module.weight  # None in the tied output layer of the first stage
+        # Newer Megatrons mark what they do not draw, and refuse a second mark.
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
