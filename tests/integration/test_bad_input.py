@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,26 +24,26 @@ from tests.integration.commands import run as run_command
 
 TIMEOUT_S = 120.0
 QUESTION = {"question": "1+2", "gold_answer": "1"}
-Prepare = Callable[[Path], dict[str, object]]
+Prepare = Callable[[Path], dict[str, Any]]
 
 
-def write(folder: Path, content: str) -> dict[str, object]:
+def write(folder: Path, content: str) -> dict[str, Any]:
     path = folder / "bad.jsonl"
     path.write_text(content, encoding="utf-8")
     return {"data__path": path}
 
 
-def lines(*records: dict[str, object]) -> str:
+def lines(*records: dict[str, Any]) -> str:
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
-def model_without(folder: Path, name: str) -> dict[str, object]:
+def model_without(folder: Path, name: str) -> dict[str, Any]:
     toy.save_model(folder / "model")
     (folder / "model" / name).unlink()
     return {"model__path": folder / "model"}
 
 
-def model_of(folder: Path, **config: object) -> dict[str, object]:
+def model_of(folder: Path, **config: object) -> dict[str, Any]:
     """The toy, its `config.json` changed."""
     toy.save_model(folder / "model")
     path = folder / "model" / "config.json"
@@ -50,7 +51,7 @@ def model_of(folder: Path, **config: object) -> dict[str, object]:
     return {"model__path": folder / "model"}
 
 
-def tokenizer_without_eos(folder: Path) -> dict[str, object]:
+def tokenizer_without_eos(folder: Path) -> dict[str, Any]:
     toy.save_model(folder / "model")
     path = folder / "model" / "tokenizer_config.json"
     declared = json.loads(path.read_text())
@@ -59,7 +60,7 @@ def tokenizer_without_eos(folder: Path) -> dict[str, object]:
     return {"model__path": folder / "model"}
 
 
-def run_folder_in_use(folder: Path) -> dict[str, object]:
+def run_folder_in_use(folder: Path) -> dict[str, Any]:
     (folder / "used").mkdir()
     (folder / "used" / "metrics.jsonl").write_text('{"kind": "train", "iteration": 0}\n')
     return {"run__folder": folder / "used"}

@@ -213,7 +213,7 @@ def test_evaluate_finds_the_same_rates_on_the_exported_checkpoint(
 def test_transformers_and_vllm_write_the_same_greedy_text(
     root: Path, trained: TrainingRun, greedy_of_vllm: list[dict[str, Any]]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(trained.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained.model)
     prompts = load_prompts(
         root / "held_out.jsonl",
