@@ -159,7 +159,7 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection) -> None:
             topology.initialize(**layout)
             torch.manual_seed(0)
             answer = pickle.dumps((True, fn(*args)))
-            gc.collect()  # a living model holds its groups, whose threads spin once peers leave
+            _forget_models()
             topology.destroy()
         except EOFError as closed:
             raise SystemExit(0) from closed
@@ -167,3 +167,20 @@ def _serve(rank: int, size: int, store: Path, pipe: Connection) -> None:
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             raise SystemExit(1) from error
         pipe.send_bytes(answer)
+
+
+def _forget_models() -> None:
+    """Frees the models of a call: they hold process groups, each with threads that never rest.
+
+    The distributed optimizer's views of fp32 parameters lead, through autograd nodes that the
+    garbage collector cannot see, to gradient hooks and from these back to model and optimizer;
+    rotary embeddings lie in a cache of their class.
+    """
+    from megatron.core.models.common.embeddings import RotaryEmbedding
+    from megatron.core.optimizer import MegatronOptimizer
+
+    RotaryEmbedding.forward.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
+    for found in gc.get_objects():
+        if isinstance(found, MegatronOptimizer):
+            vars(found).clear()
+    gc.collect()
