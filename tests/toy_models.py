@@ -1,4 +1,4 @@
-"""A toy Qwen2 on disk, trajectories for it, and the models of a run over it, for tests on ranks."""
+"""Toy models on disk, trajectories for it, and the models of a run over it, for tests on ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from megatron_oreal.config.schema import (
 )
 from megatron_oreal.engine.micro_batch import ScorePosition
 from megatron_oreal.engine.roles import Policy, PolicyStep, Reference, TokenRewardModel
-from megatron_oreal.models.qwen2 import QWEN2
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel import topology
 from megatron_oreal.trainer.models import ModelSource
@@ -49,15 +48,56 @@ CONFIG_JSON = {
     "use_sliding_window": False,
     "torch_dtype": "float32",
 }
+TOYS: dict[str, dict[str, object]] = {
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen2_tied": {"tie_word_embeddings": True},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 16,  # twice hidden size / heads
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+    },
+    "smollm2": {  # its numbers of heads
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+    },
+}
+"""What each toy's `config.json` has over `CONFIG_JSON`, one or more of every family."""
 
 
 def write_model(folder: Path, *, tied: bool) -> Path:
+    """Writes the toy Qwen2, see `write_toy`."""
+    return write_toy(folder, "qwen2_tied" if tied else "qwen2")
+
+
+def write_toy(folder: Path, toy: str) -> Path:
     """Writes random weights, norms and biases random too, large enough to tell tokens apart."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | {"tie_word_embeddings": tied}))
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | TOYS[toy]))
     generator = torch.Generator().manual_seed(5)
     tensors = {}
-    for name, shape in QWEN2.tensors(read_model(folder)[1]).items():
+    family, dims = read_model(folder)
+    for name, shape in family.tensors(dims).items():
         drawn = torch.randn(shape, generator=generator)
         tensors[name] = 1 + 0.3 * drawn if "norm" in name else 0.25 * drawn
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -85,6 +85,7 @@ def transformer_config(
         ffn_hidden_size=dims.ffn,
         layernorm_epsilon=dims.norm_eps,
         add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -139,6 +140,8 @@ def build_model(
             share_embeddings_and_output_weights=dims.tied_embeddings and head == "vocab",
             position_embedding_type="rope",
             rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType]  a float does
+            rope_scaling=dims.rope_factor is not None,
+            rope_scaling_factor=dims.rope_factor or 1.0,
         )
         model.has_vocab_head = head == "vocab"
         if head == "scalar" and topology.is_last_stage:

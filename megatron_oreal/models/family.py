@@ -30,7 +30,9 @@ class ModelDims:
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
-    qkv_bias: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_factor: float | None = None  # of Llama 3's scaling of long wavelengths; None: unscaled
 
     @property
     def query_rows(self) -> int:

@@ -50,12 +50,15 @@ def transformer_engine_runs() -> bool:
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Returns what `GPTModel` builds its layers of on this pipeline stage."""
     if transformer_engine_runs():
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts: Any = layer.submodules  # Megatron types a spec's submodules as objects
     parts.input_layernorm = RMSNorm
     parts.pre_mlp_layernorm = RMSNorm
-    parts.self_attention.submodules.core_attention = PackedCoreAttention
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=ModuleSpec(RMSNorm)
     )

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.models.hf_config import read_config_json
+from megatron_oreal.models.llama import LLAMA
 from megatron_oreal.models.qwen2 import QWEN2
+from megatron_oreal.models.qwen3 import QWEN3
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from megatron_oreal.models.family import Family, ModelDims
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2, QWEN3, LLAMA)}
 
 
 def find_family(config_json: Mapping[str, Any]) -> Family:

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
@@ -56,25 +63,48 @@ def prompts() -> list[tuple[int, ...]]:
     return [tuple(rng.randrange(3, VOCABULARY) for _ in range(length)) for length in LENGTHS]
 
 
-def save_models(folder: Path, *, tied: bool) -> None:
-    """Two models of one shape; tied embeddings go with one KV head, which TP=2 has to replicate."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1 if tied else 2,
-        max_position_embeddings=WINDOW,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=END_OF_CONFIG,
-        pad_token_id=None,
-    )
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": WINDOW,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": END_OF_CONFIG,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def configs() -> dict[str, PreTrainedConfig]:
+    """Tied embeddings of the Qwen2 go with one KV head, which TP=2 has to replicate."""
+    nine_heads = {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return {
+        "untied": Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
+        "tied": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
+        "qwen3": Qwen3Config(
+            **SHAPE, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False
+        ),
+        "llama": LlamaConfig(
+            **SHAPE | nine_heads, rope_parameters=LLAMA3, tie_word_embeddings=True
+        ),
+    }
+
+
+def save_models(folder: Path, config: PreTrainedConfig) -> None:
+    """Two models of one shape."""
     for name in ("old", "new"):
         torch.manual_seed(ord(name[0]))
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(("norm.weight", "bias")):
                 torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
@@ -82,7 +112,7 @@ def save_models(folder: Path, *, tied: bool) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -257,6 +287,16 @@ def run_tied(folder: Path, tp: int) -> dict[str, Any]:
     return case.found
 
 
+def run_family(folder: Path) -> dict[str, Any]:
+    """What depends on the tensors that a family has, and on their names."""
+    case = Case(folder, tp=1)
+    case.greedy("old")
+    case.reload()
+    case.greedy("new")
+    case.engine.close()
+    return case.found
+
+
 @contextlib.contextmanager
 def killed_run() -> Iterator[None]:
     """Leaves behind the shared memory of a run that was killed, under vLLM's own names."""
@@ -289,14 +329,16 @@ def main(folder: Path) -> None:
     start_world()
     untied, tied = folder / "untied", folder / "tied"
     if world_rank() == 0:
-        save_models(untied, tied=False)
-        save_models(tied, tied=True)
+        for name, config in configs().items():
+            save_models(folder / name, config)
     barrier()
     found = {
         "untied": run_untied(untied),
         "tied": run_tied(tied, tp=1),
         "bf16": run_bf16(untied),
         "tp3": run_refused_tp(untied),
+        "qwen3": run_family(folder / "qwen3"),
+        "llama": run_family(folder / "llama"),
     }
     with killed_run():
         found["tied_tp2"] = run_tied(tied, tp=2)

@@ -13,6 +13,7 @@ import pytest
 pytestmark = pytest.mark.vllm
 
 ALL = ["untied", "tied", "tied_tp2"]
+FAMILIES = ["qwen3", "llama"]  # a Qwen2 is behind all others
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -33,18 +34,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", [*ALL, *FAMILIES])
 @pytest.mark.parametrize("weights", ["old", "new"])
 def test_greedy_equals_transformers_token_for_token_before_and_after_a_push(found, case, weights):
     assert found[case][f"greedy_{weights}"] == found[case][f"expected_{weights}"]
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", [*ALL, *FAMILIES])
 def test_old_and_new_weights_do_not_answer_alike(found, case):
     assert found[case]["expected_old"] != found[case]["expected_new"]
 
 
-@pytest.mark.parametrize("case", [*ALL, "bf16"])
+@pytest.mark.parametrize("case", [*ALL, *FAMILIES, "bf16"])
 def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case):
     differing, total = found[case]["differs_from_old"]
     assert differing == total > 20

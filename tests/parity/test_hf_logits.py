@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_oreal.engine.micro_batch import ScorePosition
 from tests.ranks import RankPools
-from tests.toy_models import Scored, make_trajectories, score, write_model
+from tests.toy_models import Scored, make_trajectories, score, write_toy
 
 pytestmark = pytest.mark.parallel
 
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1), (4, 4, 1)]
 """ranks, tp, pp; the last cuts a group of query heads that share one key-value head."""
+
+NINE_HEADS = [(1, 1, 1), (2, 1, 2), (3, 3, 1)]
+
+CASES = [
+    *(("qwen2", layout) for layout in LAYOUTS),
+    *(("qwen2_tied", layout) for layout in LAYOUTS),
+    *(("qwen3", layout) for layout in LAYOUTS),
+    *(("llama", layout) for layout in LAYOUTS),
+    *(("smollm2", layout) for layout in NINE_HEADS),
+]
 
 ATOL = 2e-5
 
@@ -30,20 +44,17 @@ class Expected(NamedTuple):
     hidden: list[torch.Tensor]
 
 
-class Checkpoint(NamedTuple):
-    """A model folder and what transformers makes of it."""
+class Scores(NamedTuple):
+    """What transformers makes of a model, and what each rank does."""
 
-    folder: Path
     expected: Expected
+    ranks: list[Scored]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoint:
-    folder = write_model(tmp_path_factory.mktemp("parity") / "hf", tied=request.param)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == request.param
+def expect(folder: Path) -> Expected:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     expected = Expected([], [], [])
     for trajectory in make_trajectories():
         tokens = torch.tensor([trajectory.tokens])
@@ -55,15 +66,28 @@ def checkpoint(
         expected.logprobs.append(before_response.gather(1, response)[:, 0].float())
         expected.entropy.append(-(before_response.exp() * before_response).sum(dim=1).float())
         expected.hidden.append(hidden[0])
-    return Checkpoint(folder, expected)
+    return expected
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
-def scored(
-    request: pytest.FixtureRequest, ranks: RankPools, checkpoint: Checkpoint
-) -> list[Scored]:
-    size, tp, pp = request.param
-    return ranks(size).run(score, checkpoint.folder, tp=tp, pp=pp)
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Expected]]:
+    @cache
+    def make(toy: str) -> tuple[Path, Expected]:
+        folder = write_toy(tmp_path_factory.mktemp("parity") / toy, toy)
+        return folder, expect(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def scores(
+    request: pytest.FixtureRequest,
+    ranks: RankPools,
+    toys: Callable[[str], tuple[Path, Expected]],
+) -> Scores:
+    toy, (size, tp, pp) = request.param
+    folder, expected = toys(toy)
+    return Scores(expected, ranks(size).run(score, folder, tp=tp, pp=pp))
 
 
 def assert_close(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
@@ -71,29 +95,46 @@ def assert_close(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=ATOL)
 
 
-def test_logprobs_and_entropy(checkpoint: Checkpoint, scored: list[Scored]) -> None:
-    for rank in scored:
+def test_logprobs_and_entropy(scores: Scores) -> None:
+    for rank in scores.ranks:
         for result in rank.policy:
-            assert_close(result.logprobs, checkpoint.expected.logprobs)
-            assert_close(result.entropy, checkpoint.expected.entropy)
+            assert_close(result.logprobs, scores.expected.logprobs)
+            assert_close(result.entropy, scores.expected.entropy)
 
 
 @pytest.mark.parametrize(("position", "shift"), [("before", 1), ("at", 0)])
-def test_token_scores(
-    checkpoint: Checkpoint, scored: list[Scored], position: ScorePosition, shift: int
-) -> None:
-    head = next(rank.head for rank in scored if rank.head is not None)
+def test_token_scores(scores: Scores, position: ScorePosition, shift: int) -> None:
+    head = next(rank.head for rank in scores.ranks if rank.head is not None)
     want = [
         (hidden @ head[0])[trajectory.prompt_length - shift : len(hidden) - shift]
-        for trajectory, hidden in zip(make_trajectories(), checkpoint.expected.hidden, strict=True)
+        for trajectory, hidden in zip(make_trajectories(), scores.expected.hidden, strict=True)
     ]
-    for rank in scored:
+    for rank in scores.ranks:
         assert_close(rank.scores[position], want)
 
 
-def test_every_rank_draws_the_same_scalar_head_within_its_bound(scored: list[Scored]) -> None:
-    heads = [rank.head for rank in scored if rank.head is not None]
+def test_every_rank_draws_the_same_scalar_head_within_its_bound(scores: Scores) -> None:
+    heads = [rank.head for rank in scores.ranks if rank.head is not None]
+    bound = 1 / math.sqrt(heads[0].shape[1])
     assert all(torch.equal(head, heads[0]) for head in heads)
-    assert heads[0].shape == (1, 32)
-    assert 0.8 / math.sqrt(32) < float(heads[0].abs().max()) < 1 / math.sqrt(32)
+    assert heads[0].shape == (1, scores.expected.hidden[0].shape[1])
+    assert 0.8 * bound < float(heads[0].abs().max()) < bound
     assert float(heads[0].min()) < 0 < float(heads[0].max())
+
+
+def test_the_scaling_of_rotary_embeddings_shows(
+    toys: Callable[[str], tuple[Path, Expected]], tmp_path: Path
+) -> None:
+    """Or a scaling left out would pass unseen on trajectories as short as these."""
+    folder, scaled = toys("llama")
+    shutil.copytree(folder, tmp_path / "unscaled")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "unscaled" / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    unscaled = expect(tmp_path / "unscaled")
+    assert (
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(scaled.logprobs, unscaled.logprobs, strict=True)
+        )
+        > 10 * ATOL
+    )
