@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 Kind = Literal["replicated", "column", "row", "qkv", "gate_up", "vocab"]
-Size = Literal["hidden", "ffn", "vocab", "head_dim", "query_rows", "kv_rows"]
+Size = Literal["hidden", "ffn", "vocab", "head_dim", "query_rows", "kv_rows", "scores"]
+
+SCORE = "score.weight"  # of a token classifier
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
@@ -43,6 +45,11 @@ class ModelDims:
     def kv_rows(self) -> int:
         """Rows of the key projection, and of the value projection."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def scores(self) -> int:
+        """Rows of a token reward model's head."""
+        return 1
 
     def shape(self, sizes: tuple[Size, ...]) -> tuple[int, ...]:
         """Returns the numbers that these sizes stand for."""
@@ -116,6 +123,15 @@ class Family:
         match = _LAYER.search(parameter)
         row = self._by_megatron_name[_LAYER.sub("{i}", parameter)]
         return row, int(match.group()) if match else 0
+
+    def token_classifier(self) -> Family:
+        """Returns the family's `ForTokenClassification`: a scalar head in place of the output.
+
+        To be used with dimensions that tie no embeddings: there is no output to tie.
+        """
+        head = Row("replicated", ("output_layer.weight",), (HfTensor(SCORE, ("scores", "hidden")),))
+        rows = [row for row in self.rows if row.hf[0].name != self.output]
+        return replace(self, rows=(*rows, head), output=SCORE)
 
     @cached_property
     def _by_megatron_name(self) -> dict[str, Row]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -167,7 +168,13 @@ def load_hf(
 
 
 def export_hf(
-    stream: HfStream, folder: str | Path, *, source: str | Path, shard_bytes: int
+    stream: HfStream,
+    folder: str | Path,
+    *,
+    source: str | Path,
+    shard_bytes: int,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model as a Hugging Face folder on rank 0; collective over the world.
 
@@ -176,6 +183,8 @@ def export_hf(
         folder: The folder to make; it must not exist.
         source: The folder whose tokenizer, generation config and `config.json` go along.
         shard_bytes: Bound on the size of a shard, one of which is held in memory.
+        constants: Further tensors by name, which no rank holds.
+        config_changes: Keys that differ from the source's `config.json`.
 
     Raises:
         UserError: On every rank: the folder exists, the source is no model, the disk refuses.
@@ -183,14 +192,19 @@ def export_hf(
     writer, problem = None, ""
     if world_rank() == 0:
         try:
-            writer = HfWriter(folder, source, stream.tensors, shard_bytes)
+            specs = [
+                TensorSpec(name, tuple(tensor.shape), tensor.dtype)
+                for name, tensor in (constants or {}).items()
+            ]
+            tensors = [*stream.tensors, *specs]
+            writer = HfWriter(folder, source, tensors, shard_bytes, config_changes)
         except (UserError, OSError) as error:
             problem = str(error)
     _agree(problem, folder)
-    tensors = stream.full_tensors()
+    streamed = stream.full_tensors()
     if writer:
-        problem = _write(writer, tensors)
-    deque(tensors, maxlen=0)  # whatever befell rank 0, no rank may leave the others waiting
+        problem = _write(writer, chain(streamed, (constants or {}).items()))
+    deque(streamed, maxlen=0)  # whatever befell rank 0, no rank may leave the others waiting
     _agree(problem, folder)
 
 

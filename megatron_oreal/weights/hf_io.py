@@ -150,8 +150,9 @@ class HfWriter:
         source: str | Path,
         tensors: Sequence[TensorSpec],
         shard_bytes: int,
+        config_changes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Plans the shards and copies the small files.
+        """Plans the shards and copies the small files; `config_changes` go into `config.json`.
 
         Raises:
             UserError: The folder exists already, or the source has no readable `config.json`.
@@ -169,7 +170,7 @@ class HfWriter:
         self._shards = shards
         self._shard = 0
         self._pending: dict[str, torch.Tensor] = {}
-        config_json = read_config_json(source)
+        config_json = read_config_json(source) | dict(config_changes or {})
         if self._partial.exists():  # of an export that was interrupted
             shutil.rmtree(self._partial)
         self._partial.mkdir(parents=True)
