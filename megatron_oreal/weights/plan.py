@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron_oreal.weights.cost import PlanSummary, summarise
 from megatron_oreal.weights.geometry import Box, Region
+from megatron_oreal.weights.routing import Atom, Route, Router, cut_into_atoms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import torch
 
-    Holders = dict[Box, dict[int, Region]]  # who holds each box of a tensor, and where
+Stores = Mapping[str, Mapping[int, Sequence[Region]]]
+"""The regions of each tensor by rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +36,54 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
-    """One box on its way; `source` and `target` say where the box lies on either rank."""
+class Delivery:
+    """An atom of a tensor, and how it reaches each rank that wants it."""
 
-    source_rank: int
-    source: Region
-    target_rank: int
-    target: Region
-    dtype: torch.dtype
+    spec: TensorSpec
+    atom: Atom
+    routes: tuple[Route, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one copy."""
+        return self.atom.box.size * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One box on its way to all places that it has on the receiving rank.
+
+    `source` says where it lies on the sending rank; None: it is what that rank was sent itself, in
+    the round's first phase.
+    """
+
+    spec: TensorSpec
+    box: Box
+    source: Region | None
+    targets: tuple[Region, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel."""
-        return self.target.box.size * self.dtype.itemsize
+        return self.box.size * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank sends to and receives from each peer, both ends of a pair in the same order."""
+
+    sends: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
+    receives: dict[int, list[Transfer]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class RankRound:
+    """One rank's part of a round: copies within it, what holders send, then what ranks relay."""
+
+    tensors: tuple[TensorSpec, ...]  # of which this rank receives something
+    copies: list[Transfer]
+    direct: Exchange
+    relayed: Exchange
 
 
 @dataclass(frozen=True)
@@ -52,60 +91,56 @@ class Round:
     """Whole tensors that travel together."""
 
     tensors: tuple[TensorSpec, ...]
-    transfers: tuple[Transfer, ...]
-
-
-@dataclass(frozen=True)
-class RankRound:
-    """One rank's part of a round; both ends of a pair list their transfers in the same order."""
-
-    tensors: tuple[TensorSpec, ...]  # of which this rank receives something
-    copies: tuple[Transfer, ...]
-    sends: dict[int, tuple[Transfer, ...]]
-    receives: dict[int, tuple[Transfer, ...]]
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """What a plan costs: bytes that stay on their rank, bytes that travel, rounds."""
-
-    bytes_local: int
-    bytes_moved: int
-    largest_sent_by_rank: int
-    largest_received_by_rank: int
-    largest_round: int
-    rounds: int
+    deliveries: tuple[Delivery, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All rounds of a transfer between the layouts of `ranks` ranks."""
+    """All rounds of a transfer between the layouts of ranks; `nodes[r]` is the node of rank r."""
 
-    ranks: int
+    nodes: tuple[int, ...]
     rounds: tuple[Round, ...]
+    sources: Stores
+    targets: Stores
 
     def part_of(self, rank: int) -> list[RankRound]:
         """Returns what one rank does in each round."""
-        return [_part_of(round_, rank) for round_ in self.rounds]
+        return [self._part_of(round_, rank) for round_ in self.rounds]
 
     def summary(self) -> PlanSummary:
         """Returns what the plan costs."""
-        sent, received = [0] * self.ranks, [0] * self.ranks
-        local = 0
-        for transfer in (transfer for round_ in self.rounds for transfer in round_.transfers):
-            if transfer.source_rank == transfer.target_rank:
-                local += transfer.nbytes
-            else:
-                sent[transfer.source_rank] += transfer.nbytes
-                received[transfer.target_rank] += transfer.nbytes
-        return PlanSummary(
-            bytes_local=local,
-            bytes_moved=sum(sent),
-            largest_sent_by_rank=max(sent),
-            largest_received_by_rank=max(received),
-            largest_round=max((_total_bytes(r.tensors) for r in self.rounds), default=0),
-            rounds=len(self.rounds),
-        )
+        return summarise(self)
+
+    def explain(self) -> str:
+        """Returns what the plan costs as a table for people."""
+        return self.summary().table()
+
+    def _part_of(self, round_: Round, rank: int) -> RankRound:
+        part = RankRound((), [], Exchange(), Exchange())
+        names = set()
+        for delivery in round_.deliveries:
+            for route in delivery.routes:
+                if rank not in (route.source, route.target):
+                    continue
+                transfer = self._transfer(delivery, route)
+                exchange = part.relayed if route.is_relay else part.direct
+                if route.target == rank:
+                    names.add(delivery.spec.name)
+                if route.source == route.target:
+                    part.copies.append(transfer)
+                elif route.source == rank:
+                    exchange.sends[route.target].append(transfer)
+                else:
+                    exchange.receives[route.source].append(transfer)
+        tensors = tuple(spec for spec in round_.tensors if spec.name in names)
+        return RankRound(tensors, part.copies, part.direct, part.relayed)
+
+    def _transfer(self, delivery: Delivery, route: Route) -> Transfer:
+        name, box = delivery.spec.name, delivery.atom.box
+        source = None
+        if not route.is_relay:
+            source = _places(self.sources[name][route.source], box)[0]
+        return Transfer(delivery.spec, box, source, _places(self.targets[name][route.target], box))
 
 
 def make_plan(
@@ -113,34 +148,36 @@ def make_plan(
     sources: Sequence[Sequence[Region]],
     targets: Sequence[Sequence[Region]],
     round_bytes: int,
+    nodes: Sequence[int] | None = None,
 ) -> Plan:
     """Plans how every target region gets its values; pure and deterministic.
 
-    Each box comes from one source: the rank itself where it can, else of the ranks that hold it
-    the one that sends least so far.
+    Each box comes from the rank itself where it can, else from its node, else from the least busy
+    node that holds it; a byte that a node lacks enters it once and is relayed within it.
 
     Args:
         tensors: What travels, in this order.
         sources: The regions each rank holds, by rank; they may replicate each other.
         targets: The regions each rank wants, by rank.
         round_bytes: Bound on the whole tensors of a round; a larger tensor is a round of its own.
+        nodes: The node of each rank; None: all are on one.
 
     Raises:
         ValueError: No rank holds some box that is wanted; names the tensor.
     """
-    holders = _holders(sources)
-    wanted = _by_tensor(targets)
-    sent = [0] * len(sources)
+    nodes = tuple(nodes or (0 for _ in sources))
+    held, wanted = _by_tensor(sources), _by_tensor(targets)
+    router = Router(nodes)
+    cutter = _Cutter()
     rounds = []
     for group in group_by_bytes(tensors, round_bytes):
-        transfers = [
-            transfer
+        deliveries = [
+            Delivery(spec, atom, router.routes(atom, atom.box.size * spec.dtype.itemsize))
             for spec in group
-            for rank, region in wanted[spec.name]
-            for transfer in _fetch(rank, region, holders[spec.name], spec.dtype, sent)
+            for atom in cutter.atoms(spec, held[spec.name], wanted[spec.name])
         ]
-        rounds.append(Round(group, tuple(transfers)))
-    return Plan(len(sources), tuple(rounds))
+        rounds.append(Round(group, tuple(deliveries)))
+    return Plan(nodes, tuple(rounds), held, wanted)
 
 
 def owned_regions(
@@ -151,91 +188,65 @@ def owned_regions(
     Raises:
         ValueError: No rank holds some box of a tensor; names it.
     """
-    holders = _holders(sources)
+    held = _by_tensor(sources)
     owned: list[list[Region]] = [[] for _ in sources]
-    sent = [0] * len(sources)
+    bytes_of = [0] * len(sources)
+    cutter = _Cutter()
     for spec in tensors:
         whole = Region(spec.name, Box.whole(spec.shape), spec.name, Box.whole(spec.shape))
-        for transfer in _fetch(-1, whole, holders[spec.name], spec.dtype, sent):
-            owned[transfer.source_rank].append(transfer.source)
+        for atom in cutter.atoms(spec, held[spec.name], {-1: [whole]}):
+            owner = min(atom.holders, key=lambda rank: (bytes_of[rank], rank))
+            bytes_of[owner] += atom.box.size * spec.dtype.itemsize
+            owned[owner].append(_places(held[spec.name][owner], atom.box)[0])
     return owned
 
 
-def _fetch(
-    rank: int, wanted: Region, holders: Holders, dtype: torch.dtype, sent: list[int]
-) -> Iterator[Transfer]:
-    """Yields the transfers that fill one wanted region, and counts what they make others send."""
-    missing = [wanted.box]
-    for box, held in sorted(holders.items(), key=lambda item: (rank not in item[1], item[0])):
-        found = [common for part in missing if (common := part.intersect(box))]
-        if not found:
-            continue
-        source_rank = _choose_source(rank, held, sent)
-        for common in found:
-            source = held[source_rank].narrow(common)
-            transfer = Transfer(source_rank, source, rank, wanted.narrow(common), dtype)
-            sent[source_rank] += transfer.nbytes if source_rank != rank else 0
-            yield transfer
-        missing = [rest for part in missing for rest in part.subtract(box)]
-        if not missing:
-            return
-    raise ValueError(f"{wanted.tensor}: no rank holds {missing[0]}")
+class _Cutter:
+    """Cuts tensors into atoms; tensors that lie alike, as those of most layers do, only once."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, list[Atom]] = {}
+
+    def atoms(
+        self,
+        spec: TensorSpec,
+        held: Mapping[int, Sequence[Region]],
+        wanted: Mapping[int, Sequence[Region]],
+    ) -> list[Atom]:
+        """Returns the atoms of a tensor; raises `ValueError` where one has no holder."""
+        boxes = [
+            {rank: tuple(region.box for region in regions) for rank, regions in side.items()}
+            for side in (held, wanted)
+        ]
+        pattern = (spec.shape, *(tuple(side.items()) for side in boxes))
+        if pattern not in self._known:
+            try:
+                self._known[pattern] = cut_into_atoms(spec.shape, *boxes)
+            except LookupError as error:
+                raise ValueError(f"{spec.name}: no rank holds {error.args[0]}") from error
+        return self._known[pattern]
 
 
-def _choose_source(rank: int, held: dict[int, Region], sent: list[int]) -> int:
-    """Returns the holder that serves `rank`; a nearer one (same node) would be preferred here."""
-    return rank if rank in held else min(held, key=lambda holder: (sent[holder], holder))
+def _places(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
+    """Returns every part of the regions that lies at `box`, an atom of their tensor."""
+    return tuple(region.narrow(box) for region in regions if region.box.intersect(box))
 
 
-def _holders(sources: Sequence[Sequence[Region]]) -> defaultdict[str, Holders]:
-    holders: defaultdict[str, Holders] = defaultdict(dict)
-    for rank, regions in enumerate(sources):
+def _by_tensor(stores: Sequence[Sequence[Region]]) -> Stores:
+    found: defaultdict[str, dict[int, list[Region]]] = defaultdict(dict)
+    for rank, regions in enumerate(stores):
         for region in regions:
-            holders[region.tensor].setdefault(region.box, {})[rank] = region
-    return holders
-
-
-def _by_tensor(
-    targets: Sequence[Sequence[Region]],
-) -> defaultdict[str, list[tuple[int, Region]]]:
-    wanted: defaultdict[str, list[tuple[int, Region]]] = defaultdict(list)
-    for rank, regions in enumerate(targets):
-        for region in regions:
-            wanted[region.tensor].append((rank, region))
-    return wanted
+            found[region.tensor].setdefault(rank, []).append(region)
+    return found
 
 
 def group_by_bytes(tensors: Sequence[TensorSpec], limit: int) -> Iterator[tuple[TensorSpec, ...]]:
     """Yields runs of whole tensors of at most `limit` bytes; a larger tensor comes alone."""
     group: list[TensorSpec] = []
     for spec in tensors:
-        if group and _total_bytes(group) + spec.nbytes > limit:
+        if group and sum(other.nbytes for other in group) + spec.nbytes > limit:
             yield tuple(group)
             group = []
         group.append(spec)
     if group:
         yield tuple(group)
-
-
-def _total_bytes(tensors: Sequence[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in tensors)
-
-
-def _part_of(round_: Round, rank: int) -> RankRound:
-    copies: list[Transfer] = []
-    sends: defaultdict[int, list[Transfer]] = defaultdict(list)
-    receives: defaultdict[int, list[Transfer]] = defaultdict(list)
-    for transfer in round_.transfers:
-        if transfer.source_rank == transfer.target_rank == rank:
-            copies.append(transfer)
-        elif transfer.source_rank == rank:
-            sends[transfer.target_rank].append(transfer)
-        elif transfer.target_rank == rank:
-            receives[transfer.source_rank].append(transfer)
-    names = {t.target.tensor for t in round_.transfers if t.target_rank == rank}
-    return RankRound(
-        tensors=tuple(spec for spec in round_.tensors if spec.name in names),
-        copies=tuple(copies),
-        sends={peer: tuple(transfers) for peer, transfers in sends.items()},
-        receives={peer: tuple(transfers) for peer, transfers in receives.items()},
-    )

@@ -1,4 +1,4 @@
-"""Carries out a plan: in each round one packed buffer and one send a pair of ranks, all at once."""
+"""Carries out a plan: in each phase of a round one packed buffer and one send a pair of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from megatron_oreal.weights.geometry import Region
-    from megatron_oreal.weights.plan import RankRound, Transfer
+    from megatron_oreal.weights.plan import Exchange, RankRound, Transfer
 
     View = Callable[[Region], torch.Tensor]  # the elements of `region.local`, not a copy
 
@@ -84,10 +84,42 @@ def _run_round(
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> None:
-    outgoing = {peer: _pack(transfers, read, device) for peer, transfers in round_.sends.items()}
+    def copy_own() -> None:
+        for transfer in round_.copies:
+            assert transfer.source is not None, "a copy is no relay"
+            _deliver(transfer, read(transfer.source), write)
+
+    def held(transfer: Transfer) -> torch.Tensor:
+        assert transfer.source is not None, "holders send first"
+        return read(transfer.source)
+
+    arrived = _exchange(round_.direct, held, device=device, group=group, meanwhile=copy_own)
+    pieces = {(transfer.spec.name, transfer.box): piece for transfer, piece in arrived}
+    for transfer, piece in arrived:
+        _deliver(transfer, piece, write)
+    relayed = _exchange(
+        round_.relayed,
+        lambda transfer: pieces[transfer.spec.name, transfer.box],
+        device=device,
+        group=group,
+    )
+    for transfer, piece in relayed:
+        _deliver(transfer, piece, write)
+
+
+def _exchange(
+    exchange: Exchange,
+    value: Callable[[Transfer], torch.Tensor],
+    *,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[tuple[Transfer, torch.Tensor]]:
+    """Sends each peer one buffer, runs `meanwhile`, returns what came, cut out of the buffers."""
+    outgoing = {peer: _pack(sends, value, device) for peer, sends in exchange.sends.items()}
     incoming = {
         peer: torch.empty(_packed_bytes(transfers), dtype=torch.uint8, device=device)
-        for peer, transfers in round_.receives.items()
+        for peer, transfers in exchange.receives.items()
     }
     operations = [
         dist.P2POp(operation, buffer, _global_rank(peer, group), group)
@@ -95,19 +127,27 @@ def _run_round(
         for peer, buffer in buffers.items()
     ]
     pending = dist.batch_isend_irecv(operations) if operations else []
-    for transfer in round_.copies:
-        write(transfer.target).copy_(read(transfer.source))
+    meanwhile()
     for work in pending:
         work.wait()
-    for peer, transfers in round_.receives.items():
-        for transfer, piece in _pieces(transfers, incoming[peer]):
-            write(transfer.target).copy_(piece)
+    return [
+        arrived
+        for peer, transfers in exchange.receives.items()
+        for arrived in _pieces(transfers, incoming[peer])
+    ]
 
 
-def _pack(transfers: Sequence[Transfer], read: View, device: torch.device) -> torch.Tensor:
+def _deliver(transfer: Transfer, values: torch.Tensor, write: View) -> None:
+    for target in transfer.targets:
+        write(target).copy_(values)
+
+
+def _pack(
+    transfers: Sequence[Transfer], value: Callable[[Transfer], torch.Tensor], device: torch.device
+) -> torch.Tensor:
     buffer = torch.empty(_packed_bytes(transfers), dtype=torch.uint8, device=device)
     for transfer, piece in _pieces(transfers, buffer):
-        piece.copy_(read(transfer.source))
+        piece.copy_(value(transfer))
     return buffer
 
 
@@ -118,7 +158,7 @@ def _pieces(
     offset = 0
     for transfer in transfers:
         raw = buffer[offset : offset + transfer.nbytes]
-        yield transfer, raw.view(transfer.dtype).view(transfer.target.box.shape)
+        yield transfer, raw.view(transfer.spec.dtype).view(transfer.box.shape)
         offset += _aligned(transfer.nbytes)
 
 

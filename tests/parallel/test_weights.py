@@ -61,13 +61,28 @@ def loaded(
     return dims, place, params
 
 
-def opened(folder: Path, dtype: torch.dtype, receivers: list[int] | None = None) -> HfStream:
+def opened(
+    folder: Path,
+    dtype: torch.dtype,
+    receivers: list[int] | None = None,
+    ranks_per_node: int = 8,
+) -> HfStream:
     dims, place, params = loaded(folder, dtype)
-    return open_stream(params, QWEN2, dims, place, round_bytes=SMALL_ROUND, receivers=receivers)
+    return open_stream(
+        params,
+        QWEN2,
+        dims,
+        place,
+        round_bytes=SMALL_ROUND,
+        receivers=receivers,
+        node=str(dist.get_rank() // ranks_per_node),
+    )
 
 
-def stream_everywhere(folder: Path, dtype: torch.dtype) -> tuple[int, int]:
-    stream = opened(folder, dtype)
+def stream_everywhere(folder: Path, dtype: torch.dtype, ranks_per_node: int = 8) -> tuple[int, int]:
+    stream = opened(folder, dtype, ranks_per_node=ranks_per_node)
+    assert stream.summary.ratio == 1.0
+    assert (stream.summary.bytes_across_nodes > 0) == (stream.summary.nodes > 1)
     hf = random_hf(read_model(folder)[1], dtype)
     for _ in range(2):  # the plan serves every push, and reads what the parameters are then
         sums = {}
@@ -140,6 +155,15 @@ def test_every_rank_gets_every_tensor_bitwise(
     assert rounds > 1
     assert costs == [(rounds, moved)] * size
     assert (moved == 0) == (size == 1)
+
+
+@pytest.mark.parametrize("layout", [(4, 4, 1), (4, 2, 2), (4, 1, 2)], ids=str)
+def test_what_enters_a_node_once_is_relayed_within_it(
+    ranks: RankPools, tmp_path: Path, layout: tuple[int, int, int]
+) -> None:
+    size, tp, pp = layout
+    folder = write_hf(tmp_path / "hf", DIMS, random_hf(DIMS))
+    ranks(size).run(stream_everywhere, folder, torch.float32, 2, tp=tp, pp=pp)
 
 
 def test_bfloat16_travels_as_it_is(ranks: RankPools, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_oreal.weights.geometry import Box, Region
 from megatron_oreal.weights.layout import hf_regions
-from megatron_oreal.weights.plan import TensorSpec, make_plan, owned_regions
+from megatron_oreal.weights.plan import (
+    Exchange,
+    RankRound,
+    TensorSpec,
+    Transfer,
+    make_plan,
+    owned_regions,
+)
 
 Layout = list[list[Region]]
 
@@ -39,24 +48,107 @@ def layouts(draw: st.DrawFn, shape: tuple[int, int], ranks: int) -> Layout:
     return layout
 
 
+class Process:
+    """Runs all ranks' parts in this process; what is written twice or never shows as -1."""
+
+    def __init__(self, truth: torch.Tensor, targets: Layout) -> None:
+        self.truth = truth
+        self.got = [{r.key: torch.full(r.local.stop, -1) for r in regions} for regions in targets]
+
+    def run(self, parts: list[RankRound]) -> None:
+        for rank, part in enumerate(parts):
+            for transfer in part.copies:
+                self.deliver(rank, transfer, self.truth[transfer.box.slices])
+        arrived: dict[tuple[int, Box], torch.Tensor] = {}
+        for _, rank, transfer in pairs([part.direct for part in parts]):
+            arrived[rank, transfer.box] = self.truth[transfer.box.slices]
+            self.deliver(rank, transfer, arrived[rank, transfer.box])
+        for peer, rank, transfer in pairs([part.relayed for part in parts]):
+            self.deliver(rank, transfer, arrived[peer, transfer.box])
+
+    def deliver(self, rank: int, transfer: Transfer, values: torch.Tensor) -> None:
+        for target in transfer.targets:
+            slot = self.got[rank][target.key][target.local.slices]
+            assert (slot == -1).all(), "written twice"
+            slot.copy_(values)
+
+
+def pairs(exchanges: list[Exchange]) -> Iterator[tuple[int, int, Transfer]]:
+    """Yields `(sender, receiver, transfer)`, both ends of a pair compared."""
+    for rank, exchange in enumerate(exchanges):
+        for peer, transfers in exchange.receives.items():
+            sends = exchanges[peer].sends[rank]
+            assert [t.box for t in transfers] == [t.box for t in sends]
+            for transfer in transfers:
+                yield peer, rank, transfer
+
+
+@st.composite
+def any_layout(draw: st.DrawFn, shape: tuple[int, int], ranks: int) -> Layout:
+    """One, two or three grids over each other, whose cells some ranks hold: cuts need not agree."""
+    found: Layout = [[] for _ in range(ranks)]
+    for number in range(draw(st.integers(1, 3))):
+        for rank, regions in enumerate(draw(layouts(shape, ranks))):
+            for region in regions:
+                key = f"{number}/{region.key}"
+                found[rank].append(Region("w", region.box, key, region.local))
+    return found
+
+
 @given(st.data())
 def test_every_wanted_element_is_written_once_with_its_value(data: st.DataObject) -> None:
-    shape, ranks = (6, 7), 3
-    truth = torch.arange(42).reshape(shape)
-    sources = data.draw(layouts(shape, ranks))
-    targets = data.draw(layouts(shape, ranks))
-    plan = make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, 1)
-
-    held = [{r.key: truth[r.box.slices] for r in regions} for regions in sources]
-    got = [{r.key: torch.full(r.box.shape, -1) for r in regions} for regions in targets]
-    for transfer in plan.rounds[0].transfers:
-        slot = got[transfer.target_rank][transfer.target.key][transfer.target.local.slices]
-        assert (slot == -1).all()
-        value = held[transfer.source_rank][transfer.source.key][transfer.source.local.slices]
-        slot.copy_(value)
+    ranks = data.draw(st.integers(1, 6))
+    shape = (data.draw(st.integers(2, 7)), data.draw(st.integers(2, 7)))
+    nodes = data.draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))
+    truth = torch.arange(shape[0] * shape[1]).reshape(shape)
+    sources = data.draw(any_layout(shape, ranks))
+    targets = data.draw(any_layout(shape, ranks))
+    plan = make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, 1, nodes)
+    process = Process(truth, targets)
+    process.run([plan.part_of(rank)[0] for rank in range(ranks)])
     for rank, regions in enumerate(targets):
         for region in regions:
-            assert torch.equal(got[rank][region.key], truth[region.box.slices])
+            held = process.got[rank][region.key][region.local.slices]
+            assert torch.equal(held, truth[region.box.slices])
+    cost = plan.summary()
+    assert (
+        cost.bytes_across_nodes
+        == cost.lower_bound_across_nodes
+        == needed(shape, sources, targets, nodes)
+    )
+    assert make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, 1, nodes) == plan
+
+
+def needed(shape: tuple[int, int], sources: Layout, targets: Layout, nodes: list[int]) -> int:
+    """Counts the bytes that each node wants and does not hold, element by element."""
+    total = 0
+    for node in set(nodes):
+        has, wants = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+        for mask, layout in ((has, sources), (wants, targets)):
+            for rank, regions in enumerate(layout):
+                for region in regions if nodes[rank] == node else []:
+                    mask[region.box.slices] = True
+        total += int((wants & ~has).sum()) * 8
+    return total
+
+
+@given(st.data())
+def test_senders_hold_what_they_send(data: st.DataObject) -> None:
+    sources, targets = (data.draw(any_layout((4, 5), 4)) for _ in range(2))
+    spec = TensorSpec("w", (4, 5), torch.int64)
+    plan = make_plan([spec], sources, targets, 1, [0, 0, 1, 1])
+    for rank, regions in enumerate(sources):
+        for part in plan.part_of(rank):
+            sent = [t for transfers in part.direct.sends.values() for t in transfers]
+            for transfer in sent + part.copies:
+                assert any(
+                    held.narrow(transfer.box) == transfer.source
+                    for held in regions
+                    if transfer.source and held.key == transfer.source.key
+                )
+            relayed = {t.box for sends in part.relayed.sends.values() for t in sends}
+            received = {t.box for found in part.direct.receives.values() for t in found}
+            assert relayed <= received
 
 
 @given(st.data())
@@ -84,7 +176,7 @@ def test_a_rank_takes_its_own_and_replicas_share_the_rest() -> None:
     targets = [[whole(name, shape) for name in "ab"]] * 4
     summary = make_plan(specs, sources, targets, 100).summary()
     assert (summary.bytes_local, summary.bytes_moved) == (4 * 2 * 4, 4 * 2 * 4)
-    assert (summary.largest_sent_by_rank, summary.largest_received_by_rank) == (8, 8)
+    assert (summary.busiest_rank_sends, summary.busiest_rank_receives) == (8, 8)
     assert (summary.rounds, summary.largest_round) == (1, 16)
 
 
@@ -104,8 +196,44 @@ def test_both_ends_of_a_pair_list_the_same_transfers() -> None:
     sources = [[rows(n, 0, 2, 1) for n in "ab"], [rows(n, 2, 4, 1) for n in "ab"]]
     plan = make_plan(specs, sources, [[whole(n, (4, 1)) for n in "ab"], []], 100)
     receiver, sender = plan.part_of(0)[0], plan.part_of(1)[0]
-    assert sender.sends == {0: receiver.receives[1]}
-    assert (len(receiver.copies), sender.copies, sender.tensors) == (2, (), ())
+    sent, received = sender.direct.sends[0], receiver.direct.receives[1]
+    assert [(t.spec, t.box) for t in sent] == [(t.spec, t.box) for t in received]
+    assert (len(receiver.copies), sender.copies, sender.tensors) == (2, [], ())
+
+
+def test_what_a_node_lacks_enters_it_once_at_ranks_by_turns() -> None:
+    """Two nodes of two; the first holds two 8-byte tensors, all four ranks want both."""
+    specs = [TensorSpec(name, (2, 1), torch.float32) for name in "ab"]
+    store = [whole(spec.name, spec.shape) for spec in specs]
+    plan = make_plan(specs, [store, store, [], []], [store] * 4, 100, nodes=[0, 0, 1, 1])
+    routes = [delivery.routes for round_ in plan.rounds for delivery in round_.deliveries]
+    assert [[tuple(route) for route in found if route.target > 1] for found in routes] == [
+        [(0, 2, False), (2, 3, True)],
+        [(1, 3, False), (3, 2, True)],
+    ]
+    cost = plan.summary()
+    assert (cost.bytes_local, cost.bytes_in_node, cost.bytes_across_nodes) == (32, 16, 16)
+    assert (cost.ratio, cost.busiest_node_sends, cost.busiest_rank_sends) == (1.0, 16, 8)
+    assert cost.peak_staging == 8 + 16  # a rank was sent one tensor, relays it and gets the other
+
+
+def test_a_tensor_wanted_in_two_places_of_a_rank_travels_once() -> None:
+    spec = TensorSpec("a", (2, 1), torch.float32)
+    tied = [Region("a", Box.whole((2, 1)), key, Box.whole((2, 1))) for key in ("in", "out")]
+    plan = make_plan([spec], [[whole("a", (2, 1))], []], [[], tied], 100)
+    (transfer,) = plan.part_of(1)[0].direct.receives[0]
+    assert [target.key for target in transfer.targets] == ["in", "out"]
+    assert plan.summary().bytes_moved == 8
+
+
+def test_a_plan_explains_itself() -> None:
+    spec = TensorSpec("a", (1 << 18, 1), torch.float32)
+    store = [whole("a", spec.shape)]
+    plan = make_plan([spec], [store, []], [[], store], 100, nodes=[0, 1])
+    assert "across nodes            1.0 MiB\n  at least              1.0 MiB (ratio 1.000)" in (
+        plan.explain()
+    )
+    assert plan.summary().as_dict()["bytes_across_nodes"] == 1 << 20
 
 
 def test_a_box_that_nobody_holds_is_named() -> None:
