@@ -1,8 +1,12 @@
-"""The command line: `megatron-oreal train | sft | evaluate`, alone or under torchrun or srun."""
+"""The command line: `megatron-oreal train | sft | evaluate | plan weights`.
+
+The first three run alone or under torchrun or srun.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -28,6 +32,7 @@ examples:
   megatron-oreal train --config configs/my.yaml
   torchrun --nproc-per-node 2 --no-python megatron-oreal train --config configs/my.yaml run.seed=1
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
+  megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
 
 Every key, its unit and its default stand in configs/base.yaml.
 """
@@ -41,12 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message=message)
-            _run(options, config)
+            (_plan if options.command == "plan" else _run)(options, config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-oreal: {error}", file=sys.stderr)  # noqa: T201  this is the console
         return USAGE_EXIT
     return 0
+
+
+def _plan(options: argparse.Namespace, config: Config) -> None:
+    """Prints what the weight sync of a cluster costs."""
+    from megatron_oreal.weights.cluster import plan_of_run
+
+    plan = plan_of_run(
+        config,
+        ranks=options.ranks,
+        ranks_per_node=options.ranks_per_node,
+        whole_tensors=options.whole_tensors,
+    )
+    text = json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
+    print(text)  # noqa: T201  the result
 
 
 def _run(options: argparse.Namespace, config: Config) -> None:
@@ -87,7 +106,37 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", "score a checkpoint on held-out questions", optional=("data.path",)
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    _plan_command(commands)
     return parser
+
+
+def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser("plan", help="compute what a run would cost, on no GPU")
+    weights = _command(
+        plan.add_subparsers(dest="subject", required=True),
+        "weights",
+        "plan how new weights reach the engines of a cluster",
+        optional=("data.path",),
+    )
+    weights.add_argument(
+        "--ranks", type=_positive, required=True, metavar="N", help="GPUs of the cluster"
+    )
+    weights.add_argument(
+        "--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (8)"
+    )
+    weights.add_argument(
+        "--whole-tensors",
+        action="store_true",
+        help="send every tensor whole to every rank, as engines that cut it themselves ask for",
+    )
+    weights.add_argument("--json", action="store_true", help="print one JSON object, no table")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return number
 
 
 def _command(
