@@ -18,6 +18,12 @@ from megatron_oreal.engine.optimizer import (
     update,
     wrap_for_training,
 )
+from megatron_oreal.engine.optimizer_state import (
+    OptimizerShard,
+    optimizer_shards,
+    set_steps_taken,
+    steps_taken,
+)
 from megatron_oreal.models.build import HeadKind, PackedGPT, build_model
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.parallel.collectives import all_reduce_sum
@@ -103,6 +109,22 @@ class MegatronModel:
     def parameters(self) -> dict[str, torch.Tensor]:
         """This rank's parameters by Megatron's names."""
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def optimizer_shards(self) -> dict[str, OptimizerShard]:
+        """What this rank's optimizer keeps of its parameters, by Megatron's names."""
+        assert self._optimizer is not None, "a frozen model has no optimizer"
+        return optimizer_shards(self._optimizer, dict(self.module.named_parameters()))
+
+    def steps_taken(self) -> int:
+        """How many steps this rank's optimizer has seen; 0 where it has nothing to optimize."""
+        assert self._optimizer is not None, "a frozen model has no optimizer"
+        return steps_taken(self._optimizer)
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Puts an optimizer that has taken none after so many steps, its moments to be filled."""
+        assert self._optimizer is not None, "a frozen model has no optimizer"
+        with cuda_on_cpu():
+            set_steps_taken(self._optimizer, steps)
 
     def infer(self, batch: PackedBatch, head: Head) -> dict[str, list[torch.Tensor]]:
         """Runs the batch forward and returns every trajectory's per-token values on every rank.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.schema import Config
 from megatron_oreal.config.validate import check_layout, check_model
+from megatron_oreal.engine.megatron_model import MegatronModel
 from megatron_oreal.engine.roles import Load, Policy
 from megatron_oreal.models.build import PackedGPT
 from megatron_oreal.models.family import Family, ModelDims
@@ -15,9 +17,11 @@ from megatron_oreal.parallel import topology
 from megatron_oreal.parallel.collectives import agree, world_size
 from megatron_oreal.parallel.topology import Topology
 from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream
-from megatron_oreal.weights.layout import MegatronPlace
+from megatron_oreal.weights.geometry import Box, Region
+from megatron_oreal.weights.layout import MegatronPlace, megatron_regions
 
 MIB = 1 << 20
+SCALAR_HEAD = "output_layer.weight"  # of the token reward model: in no family's table
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class ModelSource:
             round_bytes=self.config.rollout.sync_round_mib * MIB,
             receivers=receivers,
         )
+
+    def stored(self, model: MegatronModel) -> StoredModel:
+        """Says where a model's parameters lie in a checkpoint; not collective."""
+        local = {name: tuple(tensor.shape) for name, tensor in model.parameters().items()}
+        shapes, head = self.family.tensors(self.dims), []
+        if not model.module.has_vocab_head:
+            shapes.pop(self.family.output, None)
+            shapes[SCALAR_HEAD] = (1, self.dims.hidden)
+            if local.pop(SCALAR_HEAD, None):
+                whole = Box.whole(shapes[SCALAR_HEAD])
+                head = [Region(SCALAR_HEAD, whole, SCALAR_HEAD, whole)]
+        regions = megatron_regions(self.family, self.dims, local, self.place)
+        return StoredModel(model, shapes, [*regions, *head])
 
     def export(self, policy: Policy, folder: Path) -> None:
         """Writes the policy as a Hugging Face folder; collective over the world."""

@@ -97,6 +97,35 @@ class Region:
         return Region(self.tensor, box, self.key, box.moved(self.box.start, self.local.start))
 
 
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """Returns disjoint boxes that hold the elements from `start` up to `stop` in row-major order.
+
+    Raises:
+        ValueError: There are none, or not that many.
+    """
+    if not 0 <= start < stop <= math.prod(shape):
+        raise ValueError(f"not a range of {shape}: {start} to {stop}")
+    if len(shape) == 1:
+        return [Box((start,), (stop,))]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows
+    if first > last:  # within one row
+        return _boxes_of_row(shape, last, start - last * row, stop - last * row)
+    boxes = [Box((first, *(0 for _ in shape[1:])), (last, *shape[1:]))] if first < last else []
+    if start < first * row:
+        boxes = _boxes_of_row(shape, first - 1, start - (first - 1) * row, row) + boxes
+    if last * row < stop:
+        boxes += _boxes_of_row(shape, last, 0, stop - last * row)
+    return boxes
+
+
+def _boxes_of_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
+    return [
+        Box((row, *box.start), (row + 1, *box.stop))
+        for box in boxes_of_range(shape[1:], start, stop)
+    ]
+
+
 def check_cover(name: str, boxes: list[Box], within: Box | None) -> None:
     """Checks that `boxes` cover each element of `within` (None: nothing) once and no other.
 

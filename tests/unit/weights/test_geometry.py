@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_oreal.weights.geometry import Box, Region, check_cover
+from megatron_oreal.weights.geometry import Box, Region, boxes_of_range, check_cover
 
 
 @st.composite
@@ -41,6 +41,20 @@ def test_moving_there_and_back(box: Box) -> None:
     moved = box.moved((0, 0), (3, 5))
     assert moved.shape == box.shape
     assert moved.moved((3, 5), (0, 0)) == box
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
+def test_boxes_of_a_range_hold_its_elements_in_order(shape: list[int], data: st.DataObject) -> None:
+    everything = list(itertools.product(*map(range, shape)))
+    start = data.draw(st.integers(0, len(everything) - 1))
+    stop = data.draw(st.integers(start + 1, len(everything)))
+    found = boxes_of_range(tuple(shape), start, stop)
+    assert [e for box in found for e in sorted(elements(box))] == everything[start:stop]
+
+
+def test_a_range_outside_of_the_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a range"):
+        boxes_of_range((2, 3), 5, 7)
 
 
 def test_narrowing_a_region_moves_its_local_box_along() -> None:

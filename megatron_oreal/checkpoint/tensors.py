@@ -1,0 +1,195 @@
+"""A trained model as boxes of Hugging Face tensors: what a rank writes, any layout reads.
+
+Each rank writes the boxes that it owns, so that every element is in the checkpoint once: the
+weights in the optimizer's own fp32 and, once it has taken a step, its two moments. There is no
+other state: activations draw nothing at random. A file is plain safetensors; an entry is called
+`<weight | exp_avg | exp_avg_sq>/<Hugging Face name>/<where the box begins, comma-separated>`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import msgspec
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_oreal.engine.megatron_model import MegatronModel
+from megatron_oreal.engine.optimizer_state import OptimizerShard
+from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
+from megatron_oreal.weights.geometry import Box, Region, boxes_of_range
+from megatron_oreal.weights.plan import TensorSpec, owned_regions
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model with an optimizer, and where this rank's parameters lie among whole tensors.
+
+    Args:
+        model: the live model.
+        shapes: of every Hugging Face tensor that the model is made of.
+        regions: of this rank's parameters.
+    """
+
+    model: MegatronModel
+    shapes: Shapes
+    regions: Sequence[Region]
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, list[Region]]:
+        found: dict[str, list[Region]] = {name: [] for name in self.model.parameters()}
+        for region in self.regions:
+            found[region.key].append(region)
+        return found
+
+    @cached_property
+    def _owned(self) -> dict[str, list[Region]]:
+        """What this rank writes, by parameter; collective over the world the first time."""
+        held = [
+            region
+            for name, shard in self.model.optimizer_shards().items()
+            for region in self._regions_of(name, shard)
+        ]
+        payloads = all_gather_bytes(msgspec.msgpack.encode(held))
+        sources = [msgspec.msgpack.decode(payload, type=list[Region]) for payload in payloads]
+        specs = [TensorSpec(name, shape, torch.float32) for name, shape in self.shapes.items()]
+        owned: defaultdict[str, list[Region]] = defaultdict(list)
+        for region in owned_regions(specs, sources)[world_rank()]:
+            owned[region.key].append(region)
+        return owned
+
+    def plan(self) -> None:
+        """Agrees on who writes what, before the first `write`; collective over the world."""
+        _ = self._owned
+
+    def write(self, path: Path) -> None:
+        """Writes what this rank owns; not collective after `plan`.
+
+        Raises:
+            OSError: The file system refuses.
+            SafetensorError: Likewise, from within safetensors.
+        """
+        tensors = {}
+        for name, shard in self.model.optimizer_shards().items():
+            for state, values in shard.tensors.items():
+                whole = self._whole(name, shard, values)
+                for region in self._owned[name]:
+                    piece = whole[region.local.slices].clone(memory_format=torch.contiguous_format)
+                    tensors[_entry(state, region)] = piece
+        save_file(tensors, path)
+
+    def read(self, files: Sequence[Path], steps: int) -> None:
+        """Fills model and optimizer, which has taken no step, from files of any layout.
+
+        Not collective. Vocabulary padding, which no file has, is zero.
+
+        Raises:
+            ValueError: The files lack a box.
+        """
+        with TensorFiles(files) as stored, torch.no_grad():
+            for name, parameter in self.model.parameters().items():
+                parameter.copy_(_assemble(stored, "weight", parameter, self._by_parameter[name]))
+            self.model.set_steps_taken(steps)
+            for name, shard in self.model.optimizer_shards().items():
+                regions = self._regions_of(name, shard)
+                parameter = self.model.parameters()[name]
+                for state, values in shard.tensors.items():
+                    whole = _assemble(stored, state, parameter, regions)
+                    values.copy_(whole.view(-1)[shard.start : shard.start + len(values)])
+
+    def _regions_of(self, name: str, shard: OptimizerShard) -> list[Region]:
+        """Returns a parameter's regions as far as they lie in this shard of it."""
+        shape = tuple(self.model.parameters()[name].shape)
+        stop = shard.start + len(shard.tensors["weight"])
+        return [
+            region.narrow(common.moved(region.local.start, region.box.start))
+            for box in boxes_of_range(shape, shard.start, stop)
+            for region in self._by_parameter[name]
+            if (common := region.local.intersect(box))
+        ]
+
+    def _whole(self, name: str, shard: OptimizerShard, values: torch.Tensor) -> torch.Tensor:
+        """Returns the values in the parameter's shape on the CPU, zeros where other ranks' lie."""
+        whole = torch.zeros(self.model.parameters()[name].shape)
+        whole.view(-1)[shard.start : shard.start + len(values)] = values.cpu()
+        return whole
+
+
+class _Piece(NamedTuple):
+    """An entry of an open file."""
+
+    box: Box
+    file: Any
+    key: str
+
+
+class TensorFiles:
+    """The tensors of one model in a checkpoint, opened lazily; a context manager."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._open = ExitStack()
+        self._pieces: defaultdict[tuple[str, str], list[_Piece]] = defaultdict(list)
+        with ExitStack() as on_failure:
+            on_failure.enter_context(self._open)
+            for path in files:
+                file = self._open.enter_context(safe_open(path, framework="pt"))
+                for key in file.keys():  # noqa: SIM118  no dict
+                    state, tensor, box = _parse_entry(key, file.get_slice(key).get_shape())
+                    self._pieces[state, tensor].append(_Piece(box, file, key))
+            on_failure.pop_all()
+
+    def __enter__(self) -> Self:
+        """Returns the open files."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files."""
+        self._open.close()
+
+    def read(self, state: str, tensor: str, box: Box) -> torch.Tensor:
+        """Returns a box of a whole tensor, on the CPU, fp32.
+
+        Raises:
+            ValueError: The files lack a part of it.
+        """
+        values = torch.empty(box.shape)
+        origin = (0,) * len(box.shape)
+        read = 0
+        for piece in self._pieces[state, tensor]:
+            common = piece.box.intersect(box)
+            if common is None:
+                continue
+            part = piece.file.get_slice(piece.key)[common.moved(piece.box.start, origin).slices]
+            values[common.moved(box.start, origin).slices] = part
+            read += common.size
+        if read != box.size:
+            raise ValueError(f"{state} of {tensor}: the checkpoint has {read} of {box.size} values")
+        return values
+
+
+def _assemble(
+    stored: TensorFiles, state: str, parameter: torch.Tensor, regions: Sequence[Region]
+) -> torch.Tensor:
+    whole = torch.zeros(parameter.shape)
+    for region in regions:
+        whole[region.local.slices] = stored.read(state, region.tensor, region.box)
+    return whole
+
+
+def _entry(state: str, region: Region) -> str:
+    return f"{state}/{region.tensor}/{','.join(map(str, region.box.start))}"
+
+
+def _parse_entry(key: str, shape: Sequence[int]) -> tuple[str, str, Box]:
+    state, tensor, begin = key.split("/")
+    start = tuple(map(int, begin.split(",")))
+    return state, tensor, Box(start, tuple(map(sum, zip(start, shape, strict=True))))
