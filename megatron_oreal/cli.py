@@ -18,6 +18,7 @@ from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
 
 USAGE_EXIT = 2
+STOPPED_EXIT = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, which will resume
 
 # What the libraries say of themselves, once a rank, and no user can mend.
 _NOISE = (
@@ -34,28 +35,33 @@ examples:
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
   megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
 
+A run that SIGTERM or SIGUSR1 stops is saved, ends with status 75 and, started again, goes on.
 Every key, its unit and its default stand in configs/base.yaml.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; a user's mistake ends it with a line on rank 0 and status 2 on all ranks."""
+    """Runs a command and returns the exit status.
+
+    2, and a line on rank 0: a user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which was saved
+    and resumes when it is started again.
+    """
     options = _parser().parse_args(arguments)
     try:
         config = load_config(options.config, options.settings, optional=options.optional)
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message=message)
-            (_plan if options.command == "plan" else _run)(options, config)
+            finished = (_plan if options.command == "plan" else _run)(options, config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-oreal: {error}", file=sys.stderr)  # noqa: T201  this is the console
         return USAGE_EXIT
-    return 0
+    return 0 if finished else STOPPED_EXIT
 
 
-def _plan(options: argparse.Namespace, config: Config) -> None:
-    """Prints what the weight sync of a cluster costs."""
+def _plan(options: argparse.Namespace, config: Config) -> bool:
+    """Prints what the weight sync of a cluster costs; returns True."""
     from megatron_oreal.weights.cluster import plan_of_run
 
     plan = plan_of_run(
@@ -66,9 +72,11 @@ def _plan(options: argparse.Namespace, config: Config) -> None:
     )
     text = json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
     print(text)  # noqa: T201  the result
+    return True
 
 
-def _run(options: argparse.Namespace, config: Config) -> None:
+def _run(options: argparse.Namespace, config: Config) -> bool:
+    """Returns whether the command came to its end."""
     # Imported here: --help and a mistyped key should not wait for torch, Megatron and vLLM.
     from megatron_oreal.parallel.collectives import start_world, stop_world
     from megatron_oreal.parallel.cuda_on_cpu import has_gpu
@@ -81,11 +89,11 @@ def _run(options: argparse.Namespace, config: Config) -> None:
     start_world()
     try:
         if options.command == "train":
-            train(config)
-        elif options.command == "sft":
-            fine_tune(config)
-        else:
-            evaluate(config, as_json=options.json)
+            return train(config)
+        if options.command == "sft":
+            return fine_tune(config)
+        evaluate(config, as_json=options.json)
+        return True
     finally:
         stop_world()
 

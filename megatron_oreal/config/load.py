@@ -66,6 +66,9 @@ def load_config(
             raise UserError(f"{key}={MANDATORY}: has no default; set {key}=... or put it in a file")
     config = _build(Config, tree)
     check_sections(config)
+    for key in config.checkpoint.allow_changes:
+        if key not in known:
+            raise UserError(f"checkpoint.allow_changes=[{key}]: {_unknown(key, known)}")
     return config
 
 

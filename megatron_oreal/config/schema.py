@@ -248,6 +248,22 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run resumes from: how often it is written, how much is kept, what may change."""
+
+    every: int = 10
+    keep_last: int = 2
+    keep_every: int = 0
+    resume: Literal["auto", "never"] = "auto"
+    allow_changes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, "every", "keep_every")
+        at_least(self, 1, "keep_last")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Hugging Face checkpoints written by a run."""
 
@@ -299,5 +315,6 @@ class Config:
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """What a run resumes from."""
+        """What a run resumes from, one folder a checkpoint."""
         return self.root / "checkpoints"
 
     @property

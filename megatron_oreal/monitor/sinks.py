@@ -67,11 +67,14 @@ class Sinks:
 class JsonlSink:
     """Appends one line of strict JSON a call, on the disk when `write` returns.
 
-    A line that a killed run left half written is cut off when the file is opened.
+    A line that a killed run left half written is cut off when the file is opened, and with
+    `keep_bytes` all that lies beyond: a resumed run writes it again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
         self._file = path.open("a+b")
+        if keep_bytes is not None and keep_bytes < path.stat().st_size:
+            self._file.truncate(keep_bytes)
         self._cut_torn_line()
 
     def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
@@ -125,7 +128,13 @@ def summary_line(
 
 
 def open_sinks(
-    config: Config, folder: RunFolder, console: Console, *, steps: int, enabled: bool
+    config: Config,
+    folder: RunFolder,
+    console: Console,
+    *,
+    steps: int,
+    enabled: bool,
+    keep_bytes: int | None = None,
 ) -> Sinks:
     """Opens every sink the config asks for, or none where `enabled` is false; not collective.
 
@@ -135,6 +144,7 @@ def open_sinks(
         console: shared with the progress bars.
         steps: how many lines a whole run has.
         enabled: true on one rank only.
+        keep_bytes: of the metrics that are there already; None for all.
 
     Raises:
         UserError: if wandb is asked for and cannot be had.
@@ -142,7 +152,7 @@ def open_sinks(
     if not enabled:
         return Sinks([])
     sinks: list[Sink] = [
-        JsonlSink(folder.metrics),
+        JsonlSink(folder.metrics, keep_bytes),
         ConsoleSink(steps, console),
     ]
     mode, project = config.monitor.wandb, config.monitor.wandb_project

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_oreal.algorithm import diagnostics, rollout_diagnostics
+from megatron_oreal.checkpoint.checkpointer import Resumed
 from megatron_oreal.config.load import resolve_config_yaml
 from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
@@ -33,22 +34,33 @@ class Journal:
     Opening one is collective over the world: if the run's folder cannot be made, all ranks refuse.
     """
 
-    def __init__(self, config: Config, steps: int) -> None:
+    def __init__(self, config: Config, steps: int, resumed: Resumed | None = None) -> None:
         self.config = config
         self.enabled = world_rank() == 0
         self.console = Console()
         self.folder = RunFolder(Path(config.run.folder))
         with agree():
             if self.enabled:
-                self.folder.create(resolve_config_yaml(config))
+                self.folder.create(resolve_config_yaml(config), resume=resumed is not None)
         with agree():
             self._sinks = open_sinks(
-                config, self.folder, self.console, steps=steps, enabled=self.enabled
+                config,
+                self.folder,
+                self.console,
+                steps=steps,
+                enabled=self.enabled,
+                keep_bytes=resumed.state.metrics_bytes if resumed else None,
             )
         self._progress = Progress(self.enabled, self.console)
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
-        self._timers = Timers(synchronize)
+        self._timers = Timers(synchronize, resumed.state.seconds if resumed else None)
         self._metrics: dict[str, float] = {}
+        if resumed:
+            for remark in resumed.remarks:
+                self.say(remark)
+            self.say(f"resumed from {resumed.folder}")
+            if self.metrics_bytes < resumed.state.metrics_bytes:
+                self.say(f"{self.folder.metrics} has lost lines from before the checkpoint")
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
@@ -118,13 +130,23 @@ class Journal:
                 batch=batch,
             )
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of `metrics.jsonl`, 0 on every rank but the first."""
+        return self.folder.metrics.stat().st_size if self.enabled else 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase over the whole run, on this rank."""
+        return self._timers.totals
+
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, with the seconds of each phase over the whole run."""
         if self.enabled:
             self.folder.write_summary(
                 {
                     **summary,
-                    "seconds": self._timers.totals,
+                    "seconds": self.seconds,
                     "seed": self.config.run.seed,
                     "ranks": world_size(),
                 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
+from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.prompts import load_prompts
@@ -19,12 +21,13 @@ from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.weight_sync import WeightSync
-from megatron_oreal.trainer.evaluation import Evaluator
+from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.resume import LoopProgress, find_checkpoint, read_progress
 from megatron_oreal.types import Prompt
 from megatron_oreal.verify.cascade import Verifier
 
@@ -52,6 +55,37 @@ class TrainingRun:
     loop: OrealLoop
     evaluator: Evaluator | None
     journal: Journal
+    checkpointer: Checkpointer
+    resumed: Resumed | None
+    before: EvaluationResult | None
+
+    @property
+    def first_iteration(self) -> int:
+        """The first that is not done yet."""
+        return self.resumed.state.iteration if self.resumed else 0
+
+    @cached_property
+    def models(self) -> dict[str, StoredModel]:
+        """What is saved, by role; agreed on once who writes what."""
+        return _stored(self.source, self.loop.policy, self.loop.token_rm)
+
+    def save(self, iteration: int, before: EvaluationResult | None) -> None:
+        """Saves the run after so many iterations; collective over the world."""
+        progress = LoopProgress(
+            prompts=self.loop.prompts.state(),
+            policy_updates=self.loop.rates.policy_updates,
+            token_rm_updates=self.loop.rates.token_rm_updates,
+            engine_checked=self.loop.engine_checked,
+            before=before,
+        )
+        with self.journal.phase("checkpoint"):
+            self.checkpointer.save(
+                iteration,
+                self.models if iteration else {},
+                metrics_bytes=self.journal.metrics_bytes,
+                seconds=self.journal.seconds,
+                progress=progress,
+            )
 
 
 def read_texts(config: Config, *, training: bool) -> Texts:
@@ -125,14 +159,16 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
     source = open_source(config)
     with agree():
         prompts = PromptSampler(texts.training, config.run.seed, config.data.balance_by_pass_rate)
+    checkpointer, resumed = find_checkpoint(config, "train")
+    done = read_progress(resumed, LoopProgress) or LoopProgress(prompts.state())
+    prompts.load_state(done.prompts)
     with contextlib.ExitStack() as stack:
-        journal = Journal(config, config.schedule.iterations)
-        stack.callback(journal.close)
+        journal = Journal(config, config.schedule.iterations, resumed)
+        stack.enter_context(contextlib.closing(journal))
         verifier = stack.enter_context(Verifier(config.verifier))
         with journal.phase("start"):
-            policy, reference, token_rm = _build_models(source)
-            engine = start_engine(config, texts)
-        stack.callback(engine.close)
+            policy, reference, token_rm = _build_models(source, resumed)
+            engine = stack.enter_context(contextlib.closing(start_engine(config, texts)))
         loop = OrealLoop(
             config=config,
             prompts=prompts,
@@ -143,18 +179,33 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             reference=reference,
             token_rm=token_rm,
             weight_sync=WeightSync(source.stream(policy), engine),
-            rates=Rates(config),
+            rates=Rates(config, done.policy_updates, done.token_rm_updates),
             journal=journal,
+            engine_checked=done.engine_checked,
         )
         evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
-        yield TrainingRun(config, source, loop, evaluator, journal)
+        yield TrainingRun(
+            config, source, loop, evaluator, journal, checkpointer, resumed, done.before
+        )
 
 
-def _build_models(source: ModelSource) -> tuple[Policy, Reference, TokenRewardModel | None]:
+def _stored(
+    source: ModelSource, policy: Policy, token_rm: TokenRewardModel | None
+) -> dict[str, StoredModel]:
+    """Returns what is trained, by role; the reference is in `model.path`."""
+    models = {"policy": source.stored(policy.model)}
+    if token_rm:
+        models["token_rm"] = source.stored(token_rm.model)
+    return models
+
+
+def _build_models(
+    source: ModelSource, resumed: Resumed | None
+) -> tuple[Policy, Reference, TokenRewardModel | None]:
     config, parts = source.config, (source.dims, source.config, source.topology, source.load)
     with_token_rm = config.oreal.token_weights.kind != "none"
-    return (
-        Policy(*parts, config.policy_optimizer),
-        Reference(*parts),
-        TokenRewardModel(*parts) if with_token_rm else None,
-    )
+    policy, reference = Policy(*parts, config.policy_optimizer), Reference(*parts)
+    token_rm = TokenRewardModel(*parts) if with_token_rm else None
+    if resumed:
+        resumed.restore(_stored(source, policy, token_rm))
+    return policy, reference, token_rm

@@ -3,68 +3,146 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from megatron_oreal.algorithm.objectives import sft_objective
 from megatron_oreal.algorithm.schedule import learning_rate
+from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
+from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config, ScheduleConfig
 from megatron_oreal.data.demonstrations import Demonstration, load_demonstrations
 from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
 from megatron_oreal.engine.roles import Policy
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import agree
+from megatron_oreal.parallel.collectives import agree, world_rank
 from megatron_oreal.trainer.journal import Journal
-from megatron_oreal.trainer.models import open_source
+from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.resume import (
+    SftProgress,
+    find_checkpoint,
+    read_progress,
+    stop_on_signal,
+)
 from megatron_oreal.trainer.setup import check_vocabulary
 from megatron_oreal.types import Trajectory
 
 
-def fine_tune(config: Config) -> None:
+@dataclass(frozen=True)
+class FineTuning:
+    """A fine-tuning ready to start."""
+
+    config: Config
+    source: ModelSource
+    policy: Policy
+    batches: list[list[Trajectory]]
+    journal: Journal
+    checkpointer: Checkpointer
+    models: dict[str, StoredModel]
+    progress: SftProgress
+    resumed: Resumed | None
+
+    def step(self, number: int, packer: Packer, schedule: ScheduleConfig) -> None:
+        """Takes one step and writes its metrics; collective over the world."""
+        optimizer, trajectories = self.config.sft.optimizer, self.batches[number]
+        rate = learning_rate(number, optimizer.lr, optimizer.min_lr, schedule)
+        tokens = sum(trajectory.response_length for trajectory in trajectories)
+        with self.journal.phase("sft"):
+            step = self.policy.step(packer.pack(trajectories), sft_objective(tokens), rate)
+        self.journal.add(
+            {
+                "sft/loss": step.loss,
+                "sft/grad_norm": step.grad_norm,
+                "sft/learning_rate": rate,
+                "sft/response_tokens": tokens,
+            }
+        )
+        self.journal.write(number)
+
+    def save(self, done: int) -> None:
+        """Saves the run after so many steps; collective over the world."""
+        with self.journal.phase("checkpoint"):
+            self.checkpointer.save(
+                done,
+                self.models if done else {},
+                metrics_bytes=self.journal.metrics_bytes,
+                seconds=self.journal.seconds,
+                progress=self.progress,
+            )
+
+    def export(self) -> None:
+        """Writes the result and what there is to say of it; collective over the world."""
+        folder = self.journal.folder.hf / "final"
+        if self.resumed and world_rank() == 0:  # it was written after the checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+        self.source.export(self.policy, folder)
+        self.journal.summarise({"steps": len(self.batches), "hf": str(folder)})
+        self.journal.say(f"Hugging Face checkpoint: {folder}")
+
+
+def fine_tune(config: Config) -> bool:
     """Trains on demonstrations and exports the result; collective over the world.
+
+    Goes on from the newest checkpoint if there is one. Returns false where a signal stopped it
+    before the end, after a checkpoint.
 
     Raises:
         UserError: Bad input, on every rank alike.
     """
+    with _fine_tuning(config) as run, stop_on_signal() as stop:
+        last = len(run.batches)
+        schedule = ScheduleConfig(
+            iterations=last,
+            warmup_iterations=min(config.sft.warmup_steps, last),
+            freeze_iterations=0,
+        )
+        packer = Packer(run.source.topology.dp_size, config.engine.tokens_per_micro_batch)
+        if config.checkpoint.every and not run.resumed:
+            run.save(0)
+        for number in range(run.resumed.state.iteration if run.resumed else 0, last):
+            run.step(number, packer, schedule)
+            stopped = stop.agreed()
+            if stopped or run.checkpointer.is_due(number + 1, last):
+                run.save(number + 1)
+            if stopped:
+                run.journal.say(f"stopped by a signal after {number + 1} steps; start it again")
+                return False
+        run.export()
+    return True
+
+
+@contextlib.contextmanager
+def _fine_tuning(config: Config) -> Iterator[FineTuning]:
+    """Builds a fine-tuning and takes it down again; collective over the world."""
     settings = config.sft
     with agree():
         demonstrations = _read(config)
     source = open_source(config)
-    batches = list(
-        epochs(demonstrations, settings.epochs, settings.sequences_per_step, config.run.seed)
-    )
-    schedule = ScheduleConfig(
-        iterations=len(batches),
-        warmup_iterations=min(settings.warmup_steps, len(batches)),
-        freeze_iterations=0,
-    )
-    packer = Packer(source.topology.dp_size, config.engine.tokens_per_micro_batch)
+    progress = SftProgress(hashlib.sha256(repr(demonstrations).encode()).hexdigest())
+    checkpointer, resumed = find_checkpoint(config, "sft")
+    if resumed and read_progress(resumed, SftProgress) != progress:
+        raise UserError(
+            f"sft.path={settings.path}: the demonstrations are not those of the checkpoint; bring"
+            " them back, or name another run.folder"
+        )
+    batches = epochs(demonstrations, settings.epochs, settings.sequences_per_step, config.run.seed)
+    steps = list(batches)
     with contextlib.ExitStack() as stack:
-        journal = Journal(config, len(batches))
+        journal = Journal(config, len(steps), resumed)
         stack.callback(journal.close)
         with journal.phase("start"):
             policy = Policy(source.dims, config, source.topology, source.load, settings.optimizer)
-        for number, trajectories in enumerate(batches):
-            rate = learning_rate(number, settings.optimizer.lr, settings.optimizer.min_lr, schedule)
-            batch = packer.pack(trajectories)
-            tokens = sum(trajectory.response_length for trajectory in trajectories)
-            with journal.phase("sft"):
-                step = policy.step(batch, sft_objective(tokens), rate)
-            journal.add(
-                {
-                    "sft/loss": step.loss,
-                    "sft/grad_norm": step.grad_norm,
-                    "sft/learning_rate": rate,
-                    "sft/response_tokens": tokens,
-                }
-            )
-            journal.write(number)
-        folder = journal.folder.hf / "final"
-        source.export(policy, folder)
-        journal.summarise({"steps": len(batches), "hf": str(folder)})
-        journal.say(f"Hugging Face checkpoint: {folder}")
+            models = {"policy": source.stored(policy.model)}
+            if resumed:
+                resumed.restore(models)
+        yield FineTuning(
+            config, source, policy, steps, journal, checkpointer, models, progress, resumed
+        )
 
 
 def epochs(

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from megatron_oreal.config.schema import Config
-from megatron_oreal.parallel.collectives import world_size
+from megatron_oreal.parallel.collectives import world_rank, world_size
 from megatron_oreal.trainer.evaluation import EvaluationResult
+from megatron_oreal.trainer.resume import stop_on_signal
 from megatron_oreal.trainer.setup import TrainingRun, training_run
 
 
-def train(config: Config) -> None:
-    """Trains from the first iteration to the last; collective over the world.
+def train(config: Config) -> bool:
+    """Trains to the last iteration, from the newest checkpoint if there is one.
+
+    Collective over the world. Returns false where a signal stopped it before, after a checkpoint.
 
     Raises:
         UserError: Bad input, on every rank alike.
     """
-    with training_run(config) as run:
+    with training_run(config) as run, stop_on_signal() as stop:
         settings, iterations = config.evaluation, config.schedule.iterations
         run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
         run.loop.weight_sync.push()
-        before = _evaluate(run, 0) if settings.at_start else None
-        for iteration in range(iterations):
+        before = _start(run)
+        for iteration in range(run.first_iteration, iterations):
             run.loop.iterate(iteration)
             done = iteration + 1
             if settings.every and done % settings.every == 0 and done < iterations:
                 _evaluate(run, done)
             if config.export.every and done % config.export.every == 0 and done < iterations:
                 _export(run, f"iteration_{done:06d}")
+            stopped = stop.agreed()
+            if stopped or run.checkpointer.is_due(done, iterations):
+                run.save(done, before)
+            if stopped:
+                run.journal.say(f"stopped by a signal after {done} iterations; start it again")
+                return False
         after = _evaluate(run, iterations) if settings.at_end else None
         exported = _export(run, "final") if config.export.at_end else None
         _report(run, before, after, exported)
+    return True
+
+
+def _start(run: TrainingRun) -> EvaluationResult | None:
+    """Returns the evaluation before the first iteration, from then where the run is resumed.
+
+    The checkpoint around it holds no tensors: a run killed before its next one starts anew.
+    """
+    if run.first_iteration:
+        return run.before
+    save = run.config.checkpoint.every > 0
+    if save and not run.before:
+        run.save(0, None)
+    if run.before or not run.config.evaluation.at_start:
+        return run.before
+    before = _evaluate(run, 0)
+    if save:
+        run.save(0, before)
+    return before
 
 
 def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
@@ -49,6 +78,8 @@ def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
 def _export(run: TrainingRun, name: str) -> Path:
     folder = run.journal.folder.hf / name
     with run.journal.phase("export"):
+        if run.resumed and world_rank() == 0:  # it was written after the checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
         run.source.export(run.loop.policy, folder)
     return folder
 

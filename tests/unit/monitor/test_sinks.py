@@ -43,6 +43,22 @@ def test_a_resumed_run_appends_and_cuts_a_torn_line(tmp_path: Path) -> None:
     assert [(r["iteration"], r["a/x"]) for r in read_metrics(path)] == [(0, 1.0), (1, 2.0)]
 
 
+def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlSink(path)
+    first.write(0, {"a/x": 1.0})
+    kept = path.stat().st_size
+    first.write(1, {"a/x": 2.0})
+    first.close()
+    second = JsonlSink(path, keep_bytes=kept)
+    second.write(1, {"a/x": 3.0})
+    second.close()
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["a/x"] for line in lines] == [1.0, 3.0]
+    JsonlSink(path, keep_bytes=10_000).close()
+    assert len(read_metrics(path)) == 2
+
+
 def test_the_summary_line_leaves_out_what_was_not_measured() -> None:
     metrics = {"oreal/loss": 0.123456, "rollout/pass_rate": 0.5}
     assert summary_line(3, 90, metrics) == "train  3/90  pass 0.500  loss 0.1235"
