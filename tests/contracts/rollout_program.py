@@ -31,6 +31,7 @@ from transformers import (
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
+from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import (
     all_gather_bytes,
     barrier,
@@ -44,6 +45,7 @@ from megatron_oreal.rollout.seeds import sample_seed
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_live import LiveCheck
 from megatron_oreal.types import Prompt, Rollout
+from megatron_oreal.weights.vllm_layout import vllm_regions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,6 +175,10 @@ class Case:
             raise AssertionError("ranks got different rollouts")
         return rollouts
 
+    def everywhere(self, name: str, value: Any) -> None:
+        """Notes what each rank has to say."""
+        self.found[name] = [json.loads(t) for t in all_gather_bytes(json.dumps(value).encode())]
+
     def sampling(self) -> None:
         """All at once over all engines; shuffled; and one by one, all on the first engine."""
         rollouts = self.generate(self.requests, SAMPLED)
@@ -277,8 +283,41 @@ def run_untied(folder: Path) -> dict[str, Any]:
     return case.found
 
 
+def live_regions(case: Case) -> list[Any]:
+    """Where this rank's vLLM has each tensor, and where `vllm_regions` says so: `[]` if alike.
+
+    Row, column and local row at which each piece begins, and its rows and columns.
+    """
+    family, dims = read_model(case.folder / "old")
+    shapes = family.tensors(dims)
+    (check,) = case.engine._llm.apply_model(LiveCheck)
+    live = set()
+    for name in shapes:
+        for part in check._parts[name]:
+            rows, columns = (
+                range(length)[cut]
+                for cut, length in zip(
+                    (part.cut.rows, part.cut.columns), (*shapes[name], 1), strict=False
+                )
+            )
+            live.add((name, rows.start, rows.stop, columns.stop, part.cut.local.start or 0))
+    tp = case.engine._llm.vllm_config.parallel_config.tensor_parallel_size
+    planned = {
+        (
+            region.tensor,
+            region.box.start[0],
+            region.box.stop[0],
+            (*region.box.stop, 1)[1],
+            region.local.start[0],
+        )
+        for region in vllm_regions(family, dims, world_rank() % tp, tp)
+    }
+    return sorted(live ^ planned)
+
+
 def run_tied(folder: Path, tp: int) -> dict[str, Any]:
     case = Case(folder, tp=tp)
+    case.everywhere("misplaced", live_regions(case))
     case.greedy("old")
     case.sampling()
     case.reload()
@@ -290,6 +329,7 @@ def run_tied(folder: Path, tp: int) -> dict[str, Any]:
 def run_family(folder: Path) -> dict[str, Any]:
     """What depends on the tensors that a family has, and on their names."""
     case = Case(folder, tp=1)
+    case.everywhere("misplaced", live_regions(case))
     case.greedy("old")
     case.reload()
     case.greedy("new")

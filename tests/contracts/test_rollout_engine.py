@@ -52,6 +52,11 @@ def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case)
     assert found[case]["differs_from_new"] == [0, total]
 
 
+@pytest.mark.parametrize("case", ["tied", "tied_tp2", *FAMILIES])
+def test_weights_lie_where_the_layout_of_an_engine_says(found, case):
+    assert found[case]["misplaced"] == [[], []]
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_sampled_logprobs_are_those_of_the_model_itself_though_top_p_is_below_one(found, case):
     assert found[case]["logprob_difference"]["mean"] < 2e-5
