@@ -31,6 +31,7 @@ def main() -> None:
     """Answers requests until stdin ends."""
     args = _arguments()
     _die_with_parent(args.parent_pid)
+    _ignore_requests_to_stop()
     _limit_resources(args.memory_bytes)
     compare(
         Pair(gold="1/2", answer="2/3")
@@ -61,6 +62,15 @@ def _die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
         sys.exit("the parent died before this worker had started")
+
+
+def _ignore_requests_to_stop() -> None:
+    """Leaves to the parent what a scheduler asks of every process of a job.
+
+    The parent finishes its iteration first, and needs this worker for it.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _limit_resources(memory_bytes: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -32,16 +34,21 @@ def interrupt(
     """Starts a command, signals it once it has written so many lines, and waits for its end."""
     metrics = folder / "metrics.jsonl"
     with started(line) as process:
-        deadline = time.monotonic() + DEADLINE_S
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_lines(process, metrics, lines)
         if number == signal.SIGKILL:
             return -signal.SIGKILL, ""  # leaving the block kills the whole group
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=DEADLINE_S)
     return process.returncode, stdout
+
+
+def wait_for_lines(process: subprocess.Popen[str], metrics: Path, lines: int) -> None:
+    """Waits until a run has written so many lines."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def exact_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -92,6 +99,8 @@ def test_fine_tuning_goes_on(root: Path, sft_settings: dict[str, Any]) -> None:
     assert "stopped by a signal after" in said
     assert "resumed from" in finish(line).stdout
     assert_same_run(broken, whole)
+    finish(line)  # a finished run ends the same way again
+    assert_same_run(broken, whole)
 
 
 def training_settings(root: Path, name: str, model: Path, **more: Any) -> list[str]:
@@ -112,18 +121,14 @@ def training_settings(root: Path, name: str, model: Path, **more: Any) -> list[s
 
 
 def check_training(root: Path, model: Path, ranks: int, **more: Any) -> None:
-    """Killed in the fourth iteration, resumed and asked to stop, then resumed to the end."""
+    """Killed in the fourth iteration and resumed to the end, against a run that never stopped."""
     whole, broken = root / f"whole-{ranks}", root / f"broken-{ranks}"
     finish(command(ranks, "train", *training_settings(root, whole.name, model, **more)))
     line = command(ranks, "train", *training_settings(root, broken.name, model, **more))
     # Lines: the evaluation at the start, two iterations, an evaluation, the third iteration.
     interrupt(line, broken, 5, signal.SIGKILL)
-    if ranks == 1:
-        # The third iteration's line is cut off and comes again.
-        finished = finish(line)
-        assert "iteration_000002" in finished.stdout
-    else:
-        assert "iteration_000002" in finish(line).stdout
+    # The third iteration's line is cut off and comes again.
+    assert "checkpoints/iteration_000002" in finish(line).stdout
     assert_same_run(broken, whole)
     for key in ("pass_at_1", "pass_at_8", "greedy"):
         assert summary(broken)[key] == summary(whole)[key]
@@ -133,3 +138,53 @@ def check_training(root: Path, model: Path, ranks: int, **more: Any) -> None:
 @pytest.mark.vllm
 def test_a_killed_training_goes_on(root: Path, fine_tuning: FineTuning) -> None:
     check_training(root, fine_tuning.model, 1)
+
+
+@pytest.fixture(scope="module")
+def whole_on_two(root: Path, fine_tuning: FineTuning) -> Path:
+    line = training_settings(root, "whole-on-two", fine_tuning.model, parallel__tensor=2)
+    finish(command(2, "train", *line))
+    return root / "whole-on-two"
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 3, 7], ids=["evaluated", "two iterations", "all iterations"])
+def test_two_ranks_go_on_wherever_they_were_killed(
+    root: Path, fine_tuning: FineTuning, whole_on_two: Path, lines: int
+) -> None:
+    broken = root / f"broken-on-two-{lines}"
+    settings = training_settings(root, broken.name, fine_tuning.model, parallel__tensor=2)
+    line = command(2, "train", *settings)
+    interrupt(line, broken, lines, signal.SIGKILL)
+    finish(line)
+    assert_same_run(broken, whole_on_two)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_one_rank_asked_to_stop_stops_all(
+    root: Path, fine_tuning: FineTuning, whole_on_two: Path
+) -> None:
+    """Then damage: the checkpoint of the stop is passed over for the one before."""
+    broken = root / "stopped-on-two"
+    settings = training_settings(root, broken.name, fine_tuning.model, parallel__tensor=2)
+    line = command(2, "train", *settings)
+    metrics = broken / "metrics.jsonl"
+    with started(line) as process:
+        # Line 5 is the third iteration's: it is saved after every second, and when asked to.
+        wait_for_lines(process, metrics, 4)
+        ranks = {
+            int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()
+        }
+        ranks[1].send_signal(signal.SIGUSR1)
+        stdout, _ = process.communicate(timeout=DEADLINE_S)
+    assert "stopped by a signal after 3 iterations" in stdout
+    damaged = broken / "checkpoints" / "iteration_000003" / "policy.rank_00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    said = finish(line).stdout
+    assert "iteration_000003 is damaged, passed over: policy.rank_00001.safetensors has" in said
+    assert "resumed from" in said
+    assert_same_run(broken, whole_on_two)
