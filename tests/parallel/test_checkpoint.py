@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from megatron_oreal.algorithm import objectives
+from megatron_oreal.checkpoint.checkpointer import Checkpointer
 from megatron_oreal.config.schema import OptimizerConfig, Precision
 from megatron_oreal.engine.megatron_model import MegatronModel
 from megatron_oreal.engine.roles import Policy, TokenRewardModel
 from megatron_oreal.parallel.collectives import barrier, world_rank
 from megatron_oreal.trainer.models import ModelSource
+from megatron_oreal.trainer.resume import SftProgress
 from tests.ranks import RankPools
 from tests.toy_models import (
     make_config,
@@ -217,3 +219,58 @@ def test_another_optimizer_goes_on_within_rounding(
     resumed = ranks(2).run(resume, folder, tmp_path, Options(after))
     assert resumed[0].policy == pytest.approx(unbroken[0].policy, rel=1e-4)
     assert resumed[0].token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
+
+
+class Found(NamedTuple):
+    """What a rank resumed from, and the weights it has then."""
+
+    folder: str
+    remarks: tuple[str, ...]
+    steps: dict[str, int]
+    weights: dict[str, torch.Tensor]
+
+
+def open_checkpointer(folder: Path, root: Path) -> tuple[Checkpointer, ModelSource, Policy]:
+    source = open_models(make_config(folder, optimizer=ADAM))
+    return Checkpointer(source.config, "train", root), source, make_policy(source)
+
+
+def save_twice(folder: Path, root: Path) -> list[dict[str, torch.Tensor]]:
+    """Saves after each of two steps; the weights then."""
+    checkpointer, source, policy = open_checkpointer(folder, root)
+    models, weights = {"policy": source.stored(policy.model)}, []
+    for done in (1, 2):
+        policy.step(pack(make_trajectories()), SFT, LEARNING_RATE)
+        checkpointer.save(done, models, metrics_bytes=0, seconds={}, progress=SftProgress(""))
+        weights.append(whole_weights(source, policy))
+    return weights
+
+
+def find(folder: Path, root: Path) -> Found:
+    checkpointer, source, policy = open_checkpointer(folder, root)
+    found = checkpointer.find()
+    assert found is not None
+    found.restore({"policy": source.stored(policy.model)})
+    weights = whole_weights(source, policy)
+    return Found(found.folder.name, found.remarks, found.state.steps, weights)
+
+
+@pytest.mark.parametrize("after", [Layout(1), Layout(2), Layout(4, tp=2)])
+def test_all_ranks_pass_over_what_one_of_them_finds_damaged(
+    ranks: RankPools, folders: Folders, tmp_path: Path, after: Layout
+) -> None:
+    folder = folders(tied=False)
+    weights = ranks(2).run(save_twice, folder, tmp_path)[0]
+    whole = ranks(after.size).run(find, folder, tmp_path, tp=after.tp)
+    damaged = tmp_path / "iteration_000002" / "policy.rank_00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    broken = ranks(after.size).run(find, folder, tmp_path, tp=after.tp)
+    for results, steps in ((whole, 2), (broken, 1)):
+        for rank in results:
+            assert rank.folder == f"iteration_{steps:06d}"
+            assert rank.steps == {"policy": steps}
+            assert all(torch.equal(weights[steps - 1][n], w) for n, w in rank.weights.items())
+    assert not whole[0].remarks
+    assert all(f"{damaged.name} has changed" in rank.remarks[0] for rank in broken)
