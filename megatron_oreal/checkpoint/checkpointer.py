@@ -69,8 +69,10 @@ class Resumed:
                 f"{self.folder} holds {', '.join(stored)}, this run trains {', '.join(models)}:"
                 " resume with the same oreal.token_weights.kind"
             )
+        audited = sorted(folders.read_manifest(self.folder).files)
         for role, model in models.items():
-            model.read(sorted(self.folder.glob(f"{role}.rank_*.safetensors")), stored[role])
+            names = [name for name in audited if name.startswith(f"{role}.rank_")]
+            model.read([self.folder / name for name in names], stored[role])
 
 
 class Checkpointer:

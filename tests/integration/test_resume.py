@@ -80,27 +80,29 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def sft_settings(root: Path) -> dict[str, Any]:
-    return {
-        "monitor__wandb": "disabled",
-        "engine__tokens_per_micro_batch": 1024,
-        "checkpoint__every": 4,
-    }
-
-
-def test_fine_tuning_goes_on(root: Path, sft_settings: dict[str, Any]) -> None:
-    """Killed before its first checkpoint, then stopped, against a run that never stopped."""
-    whole, broken = root / "sft-whole", root / "sft-broken"
-    finish(command(1, "sft", *toy.settings(root, whole.name, **sft_settings)))
-    line = command(1, "sft", *toy.settings(root, broken.name, **sft_settings))
+def resumed_sft(root: Path, fine_tuning: FineTuning) -> list[str]:
+    """Killed before its first checkpoint, then stopped, then resumed to its end."""
+    settings = {"monitor__wandb": "disabled", "engine__tokens_per_micro_batch": 1024}
+    broken = root / "sft-broken"
+    line = command(1, "sft", *toy.settings(root, broken.name, **settings))
     interrupt(line, broken, 2, signal.SIGKILL)
     status, said = interrupt(line, broken, 9, signal.SIGTERM)
     assert status == STOPPED_EXIT
     assert "stopped by a signal after" in said
     assert "resumed from" in finish(line).stdout
-    assert_same_run(broken, whole)
-    finish(line)  # a finished run ends the same way again
-    assert_same_run(broken, whole)
+    return line
+
+
+def test_fine_tuning_goes_on(root: Path, fine_tuning: FineTuning, resumed_sft: list[str]) -> None:
+    assert_same_run(root / "sft-broken", fine_tuning.folder)
+
+
+@pytest.mark.slow
+def test_a_finished_run_ends_the_same_way_again(
+    root: Path, fine_tuning: FineTuning, resumed_sft: list[str]
+) -> None:
+    finish(resumed_sft)
+    assert_same_run(root / "sft-broken", fine_tuning.folder)
 
 
 def training_settings(root: Path, name: str, model: Path, **more: Any) -> list[str]:
