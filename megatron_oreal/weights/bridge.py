@@ -17,7 +17,7 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
 from megatron_oreal.weights.checksum import tensor_checksum
 from megatron_oreal.weights.geometry import Region
-from megatron_oreal.weights.hf_io import HfCheckpoint, HfWriter
+from megatron_oreal.weights.hf_io import HfWriter
 from megatron_oreal.weights.layout import MegatronPlace, hf_regions, megatron_regions
 from megatron_oreal.weights.plan import (
     PlanSummary,
@@ -26,6 +26,7 @@ from megatron_oreal.weights.plan import (
     make_plan,
     owned_regions,
 )
+from megatron_oreal.weights.sharded import open_store
 from megatron_oreal.weights.transport import region_view, stream_full_tensors
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def load_hf(
 ) -> None:
     """Fills this rank's parameters from a Hugging Face folder; a rank reads its own slices only.
 
+    The folder may also hold the files of a Megatron layout, this one or another: see `sharded`.
+
     Not collective; all ranks that see the same files come to the same refusal, since each checks
     the whole folder first. Values are converted to the parameters' precision; vocabulary padding
     becomes zero. Parameters that no checkpoint has (a new scalar head) are left out of `params`.
@@ -160,7 +163,7 @@ def load_hf(
     shapes = {name: tuple(param.shape) for name, param in params.items()}
     regions = megatron_regions(family, dims, shapes, place)
     write = region_view(params)
-    with HfCheckpoint(folder) as checkpoint, torch.no_grad():
+    with open_store(folder) as checkpoint, torch.no_grad():
         tied = frozenset({family.output} if dims.tied_embeddings else ())
         checkpoint.audit(family.tensors(dims), optional=tied)
         covered: Counter[str] = Counter()

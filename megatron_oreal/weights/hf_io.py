@@ -151,8 +151,12 @@ class HfWriter:
         tensors: Sequence[TensorSpec],
         shard_bytes: int,
         config_changes: Mapping[str, Any] | None = None,
+        *,
+        prepare: bool = True,
     ) -> None:
         """Plans the shards and copies the small files; `config_changes` go into `config.json`.
+
+        With `prepare=False` it writes shards into the folder that another rank has prepared.
 
         Raises:
             UserError: The folder exists already, or the source has no readable `config.json`.
@@ -164,17 +168,21 @@ class HfWriter:
                 f"export to {folder}: it exists already; remove it or name another folder"
             )
         self._tensors = tensors
-        self._partial = self.folder.parent / f".{self.folder.name}.partial"
-        shards = list(group_by_bytes(tensors, shard_bytes))
-        self._names = _shard_names(len(shards))
-        self._shards = shards
+        self.partial = self.folder.parent / f".{self.folder.name}.partial"
+        self.shards = list(group_by_bytes(tensors, shard_bytes))
+        self._names = _shard_names(len(self.shards))
         self._shard = 0
         self._pending: dict[str, torch.Tensor] = {}
         config_json = read_config_json(source) | dict(config_changes or {})
-        if self._partial.exists():  # of an export that was interrupted
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-        self._copy_side_files(Path(source), config_json)
+        if not prepare:
+            return
+        if self.partial.exists():  # of an export that was interrupted
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        copy_side_files(source, self.partial)
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
+        write_json(self.partial / "config.json", {**config_json, key: dtype})
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Takes the next tensor, in the order of `tensors`, and writes the shard that it fills.
@@ -184,16 +192,26 @@ class HfWriter:
             OSError: The file system refuses.
             SafetensorError: Likewise, from within safetensors.
         """
-        spec = self._shards[self._shard][len(self._pending)]
+        spec = self.shards[self._shard][len(self._pending)]
         if TensorSpec(name, tuple(tensor.shape), tensor.dtype) != spec:
             raise ValueError(f"got {name} {tuple(tensor.shape)} {tensor.dtype}, expected {spec}")
         self._pending[name] = tensor.detach().cpu().contiguous()
-        if len(self._pending) == len(self._shards[self._shard]):
-            path = self._partial / self._names[self._shard]
-            save_file(self._pending, path, metadata={"format": "pt"})
-            _sync(path)
+        if len(self._pending) == len(self.shards[self._shard]):
+            self.write_shard(self._shard, self._pending)
             self._pending = {}
             self._shard += 1
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> Path:
+        """Writes all tensors of a shard and returns its path.
+
+        Raises:
+            OSError: The file system refuses.
+            SafetensorError: Likewise, from within safetensors.
+        """
+        path = self.partial / self._names[number]
+        save_file(tensors, path, metadata={"format": "pt"})
+        sync_to_disk(path)
+        return path
 
     def finish(self) -> None:
         """Writes the index, reads everything back and gives the folder its name.
@@ -202,45 +220,33 @@ class HfWriter:
             ValueError: Tensors are missing, or what was read back is not what was planned.
             OSError: The file system refuses.
         """
-        if self._shard != len(self._shards):
-            raise ValueError(f"{self._shards[self._shard][len(self._pending)].name} never came")
+        for name, shard in zip(self._names, self.shards, strict=True):
+            if not (self.partial / name).exists():
+                raise ValueError(f"{shard[len(self._pending)].name} never came")
         if len(self._names) > 1:
             self._write_index()
-        with HfCheckpoint(self._partial) as written:
+        with HfCheckpoint(self.partial) as written:
             for spec in self._tensors:
                 if written.spec(spec.name) != spec:
                     raise ValueError(f"{spec.name} was written as {written.spec(spec.name)}")
-        _sync(self._partial)
-        self._partial.rename(self.folder)
-        _sync(self.folder.parent)
+        sync_to_disk(self.partial)
+        self.partial.rename(self.folder)
+        sync_to_disk(self.folder.parent)
 
     def discard(self) -> None:
         """Removes what has been written so far; for an export that failed."""
         self._pending = {}
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _copy_side_files(self, source: Path, config_json: dict[str, Any]) -> None:
-        dtype = str(self._tensors[0].dtype).removeprefix("torch.")
-        key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
-        self._write_json("config.json", {**config_json, key: dtype})
-        for name in SIDE_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, self._partial / name)
-                _sync(self._partial / name)
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_index(self) -> None:
         weight_map = {
             spec.name: name
-            for name, shard in zip(self._names, self._shards, strict=True)
+            for name, shard in zip(self._names, self.shards, strict=True)
             for spec in shard
         }
         total = sum(spec.nbytes for spec in self._tensors)
-        self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        encoded = msgspec.json.format(msgspec.json.encode(content), indent=2)
-        (self._partial / name).write_bytes(encoded + b"\n")
-        _sync(self._partial / name)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(self.partial / INDEX_FILE, index)
 
 
 class _Index(msgspec.Struct):
@@ -255,7 +261,30 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{shard:05d}-of-{count:05d}.safetensors" for shard in range(1, count + 1)]
 
 
-def _sync(path: Path) -> None:
+def copy_side_files(source: str | Path, folder: Path) -> None:
+    """Copies `config.json`, the tokenizer's files and the generation config, where there are any.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    for name in ("config.json", *SIDE_FILES):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+            sync_to_disk(folder / name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an indented JSON file and forces it to the disk.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    encoded = msgspec.json.format(msgspec.json.encode(content), indent=2)
+    path.write_bytes(encoded + b"\n")
+    sync_to_disk(path)
+
+
+def sync_to_disk(path: Path) -> None:
     """Forces a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
