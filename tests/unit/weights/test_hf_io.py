@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.models.family import Family
+from megatron_oreal.models.llama import LLAMA
 from megatron_oreal.models.qwen2 import QWEN2
+from megatron_oreal.models.qwen3 import QWEN3
 from megatron_oreal.weights.geometry import Box
 from megatron_oreal.weights.hf_io import HfCheckpoint, HfWriter
 from megatron_oreal.weights.plan import TensorSpec
@@ -89,6 +92,19 @@ def test_missing_left_over_and_misshapen_tensors(tmp_path: Path) -> None:
     refuse(write_hf(tmp_path / "2", DIMS, hf), r"model\.extra is not part of such a model")
     hf["model.norm.weight"] = hf.pop("model.extra")[:3]
     refuse(write_hf(tmp_path / "3", DIMS, hf), r"model\.norm\.weight has shape \(3,\), .*\(16,\)")
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        (LLAMA, r"model\.layers\.0\.self_attn\.k_proj\.bias is not part of such a model"),
+        (QWEN3, r"model\.layers\.0\.self_attn\.q_norm\.weight is missing \(6 in all\)"),
+    ],
+    ids=["llama", "qwen3"],
+)
+def test_the_checkpoint_of_another_family(source: Path, family: Family, message: str) -> None:
+    with pytest.raises(UserError, match=message), HfCheckpoint(source) as checkpoint:
+        checkpoint.audit(family.tensors(DIMS), NONE)
 
 
 def test_an_unsupported_precision(tmp_path: Path) -> None:
