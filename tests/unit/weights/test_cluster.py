@@ -26,7 +26,10 @@ TOY = replace(DIMS, layers=4, vocab=64)
 
 def arguments(*extra: str) -> list[str]:
     model = f"model.path={ROOT}/configs/models/qwen2.5-32b"
-    return ["plan", "weights", "--config", str(CONFIG_32B), *extra, model]
+    layout = ["parallel.pipeline=2", "rollout.tensor_parallel=4"]  # halves, engines in half a node
+    settings = [*layout, *(text for text in extra if "=" in text), model]
+    options = [text for text in extra if "=" not in text]
+    return ["plan", "weights", "--config", str(CONFIG_32B), *options, *settings]
 
 
 @pytest.mark.parametrize("whole", [[], ["--whole-tensors"]], ids=["parts", "whole"])
