@@ -1,7 +1,9 @@
 """Makes the quickstart's data: arithmetic from reasoning-gym that needs written steps.
 
 Problems and answers are reasoning-gym's (`chain_sum`, `products`); the demonstrations that a policy
-is first fine-tuned on are worked out here, one operation a step. No problem is in two of the files.
+is first fine-tuned on are worked out here, one operation a step, by a careless teacher: now and
+then a step is off by one. The policy learns to reckon and to slip, and OREAL, told only whether
+the end is right, has to find out which tokens were slips. No problem is in two of the files.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import operator
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,11 @@ from typing import Any
 import reasoning_gym
 
 SOURCES = {
-    "chain_sum": {"min_terms": 3, "max_terms": 5, "min_digits": 1, "max_digits": 1},
+    "chain_sum": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
     "products": {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1},
 }
-MIX = ("chain_sum", "chain_sum", "chain_sum", "products")  # there are but 7,290 such products
+MIX = ("chain_sum",) * 7 + ("products",)  # there are but 7,290 such products
+SLIP = 0.2  # share of steps that are off by one
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 STREAM = 1_000_000  # problems that a seed can yield: far more than are taken
 
@@ -52,15 +56,18 @@ def _entries(name: str, limits: dict[str, int], seed: int) -> Iterator[dict[str,
     yield from (dataset[index] for index in range(STREAM))
 
 
-def work_out(expression: str) -> str:
+def work_out(expression: str, slips: random.Random, share: float = SLIP) -> str:
     r"""Writes the steps of an expression, one operation each, and boxes the result.
 
-    `7 + 5 - 9` becomes `7+5=12;12-9=3;\boxed{3}`.
+    `7 + 5 - 9` becomes `7+5=12;12-9=3;\boxed{3}`, or `7+5=11;11-9=2;\boxed{2}` with a slip in
+    the first step; `share` of the steps have one.
     """
     words = expression.split(" ")
     total, steps = int(words[0]), ""
     for sign, number in zip(words[1::2], words[2::2], strict=True):
         before, total = total, OPERATIONS[sign](total, int(number))
+        if slips.random() < share:
+            total += slips.choice((-1, 1))
         steps += f"{before}{sign}{number}={total};"
     return steps + f"\\boxed{{{total}}}"
 
@@ -73,9 +80,10 @@ def write(folder: Path, seed: int, *, held_out: int, training: int, demonstratio
         questions = [_question(name, index, next(stream)) for index in range(count)]
         _write_lines(folder / f"{name}.jsonl", questions)
     taught = [next(stream) for _ in range(demonstrations)]
+    slips = random.Random(f"slips {seed}")
     _write_lines(
         folder / "sft.jsonl",
-        [{"question": p.expression, "response": work_out(p.expression)} for p in taught],
+        [{"question": p.expression, "response": work_out(p.expression, slips)} for p in taught],
     )
 
 

@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# Sourced by the run.sbatch files, from the repository's root: `launch COMMAND [arguments ...]` starts one rank of
+# `megatron-oreal COMMAND` a task, hands the batch script's signals on, and requeues the job where it was stopped.
+#
+# Where the software is, one of (docs/containers.md):
+#   VENV=/path/to/venv                 a virtual environment on a file system that all nodes see
+#   CONTAINER_IMAGE=/path/to/img.sqsh  an image for pyxis and enroot
+#   SIF=/path/to/img.sif               an image for Apptainer or Singularity
+# MOUNTS names folders outside the repository that a container has to see, separated by commas.
+
+REQUEUE_STATUS=75 # of a run that a signal stopped, after a checkpoint
+
+# What every rank is told. Each line may be overridden by what `sbatch --export` hands over.
+set_variables() {
+  # Launches stay in order, so that Megatron's communication overlaps with what it was meant to.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  # Packed micro-batches differ in length: segments that grow leave fewer holes between them.
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  # Errors are written, the hundreds of lines that each communicator says of itself are not; INFO shows which network
+  # was taken (look for "via NET/IB").
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # NVLink SHARP takes memory for each communicator, and Megatron has many; engine and trainer share the GPU.
+  export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+  # If ranks wait for each other for ever at the start, name the interface of the cluster's own network here: both
+  # libraries may have chosen one that other nodes cannot reach.
+  #   export NCCL_SOCKET_IFNAME=bond0 GLOO_SOCKET_IFNAME=bond0
+  # If NCCL_DEBUG=INFO shows a card that carries storage, name those that carry GPUs.
+  #   export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_2,mlx5_3
+
+  # One thread a rank: the verifier's processes use the other cores.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  # Log lines come when they are written; a crash says where it was.
+  export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+  # Nodes rarely have a way out, and looking for one costs minutes.
+  export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+}
+
+# Ranks find each other at the first node; the port follows the job, so that two jobs of one node do not meet.
+set_rendezvous() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR=${MASTER_ADDR:-$first}
+  export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+}
+
+# What vLLM, Triton and torch compile goes to each node's own disk: hundreds of ranks would otherwise lock and read the
+# same small files on the shared one. It outlives the job: the next one of the same user starts sooner.
+set_caches() {
+  local cache=${NODE_CACHE:-/tmp/$USER/megatron-oreal}
+  export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor VLLM_CACHE_ROOT=$cache/vllm
+}
+
+launch() {
+  set_variables
+  set_rendezvous
+  set_caches
+  # srun takes this from the batch script no longer since Slurm 22.05.
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  local logs=${LOGS:-logs}/$SLURM_JOB_ID
+  mkdir -p "$logs"
+  # A rank that dies takes the others along, which would wait for it until their time-out. A restart appends.
+  local options=(--kill-on-bad-exit=1 --open-mode=append "--output=$logs/rank_%t.log")
+  if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    options+=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
+    options+=("--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+  fi
+  echo "$(date '+%F %T') $SLURM_JOB_ID: $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes, logs in $logs"
+  srun "${options[@]}" bash examples/slurm/rank.sh "$@" &
+  local step=$!
+  # Slurm signals this script alone (--signal=B:...), before the time limit and before a pre-emption; srun hands it on
+  # to every rank. They finish their iteration, save, and end with REQUEUE_STATUS.
+  trap 'echo "$(date "+%F %T") asked to stop"; kill -USR1 '"$step" USR1
+  trap 'echo "$(date "+%F %T") asked to stop"; kill -USR1 '"$step" TERM
+  local status=0
+  wait "$step" || status=$?
+  while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not srun
+    status=0
+    wait "$step" || status=$?
+  done
+  echo "$(date '+%F %T') ended with status $status"
+  if ((status == REQUEUE_STATUS)); then
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$status"
+}
