@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -60,31 +61,46 @@ def test_gold_answers_are_the_values(data: Path) -> None:
         assert question["gold_answer"] == str(value(question["question"]))
 
 
-def test_every_written_step_is_right_and_follows_from_the_one_before(data: Path) -> None:
+def test_steps_follow_from_each_other_and_one_in_five_is_off_by_one(data: Path) -> None:
+    errors = []
     for demonstration in lines(data / "sft.jsonl"):
         *steps, boxed = demonstration["response"].split(";")
         left, results = [], []
         for step in steps:
             expression, result = step.split("=")
             first, sign, number = re.fullmatch(r"(-?\d+)([-+*])(\d+)", expression).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            assert value(f"{first} {sign} {number}") == int(result)
+            errors.append(int(result) - value(f"{first} {sign} {number}"))
             left.append(first)
             results.append(result)
         assert left[1:] == results[:-1]
-        assert boxed == f"\\boxed{{{value(demonstration['question'])}}}"
+        assert boxed == f"\\boxed{{{results[-1]}}}"
+    assert set(errors) == {-1, 0, 1}
+    assert 0.15 < sum(map(abs, errors)) / len(errors) < 0.25
 
 
 def test_a_worked_example() -> None:
-    assert problems.work_out("7 + 5 - 9") == r"7+5=12;12-9=3;\boxed{3}"
+    slips = random.Random(0)
+    assert problems.work_out("7 + 5 - 9", slips, share=0) == r"7+5=12;12-9=3;\boxed{3}"
+    first = problems.work_out("7 + 5 - 9", slips, share=1).split(";")[0]
+    assert first in ("7+5=11", "7+5=13")
 
 
-def test_the_verifier_takes_the_demonstrations_for_correct(data: Path) -> None:
-    some = lines(data / "sft.jsonl")[:8]
+def test_the_verifier_takes_careful_work_for_correct_and_a_slip_for_incorrect(data: Path) -> None:
+    questions = lines(data / "eval.jsonl")[:6]
     answers = [
-        Answer(gold=str(value(d["question"])), response=d["response"], stopped=True) for d in some
+        Answer(
+            gold=question["gold_answer"],
+            response=problems.work_out(question["question"], random.Random(0), share=share),
+            stopped=True,
+        )
+        for question in questions
+        for share in (0, 1)
     ]
+    slipped = [f"\\boxed{{{answer.gold}}}" not in answer.response for answer in answers]
     with Verifier(VerifierConfig()) as verifier:
-        assert [v.outcome for v in verifier.judge(answers)] == [Outcome.CORRECT] * len(some)
+        outcomes = [verdict.outcome for verdict in verifier.judge(answers)]
+    assert outcomes == [Outcome.INCORRECT if slip else Outcome.CORRECT for slip in slipped]
+    assert any(slipped)
 
 
 def test_a_seed_gives_the_same_files_and_another_seed_others(data: Path, tmp_path: Path) -> None:
