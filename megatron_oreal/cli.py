@@ -1,6 +1,6 @@
-"""The command line: `megatron-oreal train | sft | evaluate | plan weights`.
+"""The command line: `megatron-oreal train | sft | evaluate | doctor | plan`.
 
-The first three run alone or under torchrun or srun.
+All but the last run alone or under torchrun or srun.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
+from megatron_oreal.planner.hardware import GPUS, Cluster
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, which will resume
@@ -33,6 +36,8 @@ examples:
   megatron-oreal train --config configs/my.yaml
   torchrun --nproc-per-node 2 --no-python megatron-oreal train --config configs/my.yaml run.seed=1
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
+  megatron-oreal doctor --config configs/oreal_7b.yaml
+  megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
   megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
 
 A run that SIGTERM or SIGUSR1 stops is saved, ends with status 75 and, started again, goes on.
@@ -43,25 +48,50 @@ Every key, its unit and its default stand in configs/base.yaml.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
-    2, and a line on rank 0: a user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which was saved
-    and resumes when it is started again.
+    1: the doctor misses something. 2, and a line on rank 0: a user's mistake. 75: SIGTERM or
+    SIGUSR1 stopped a run, which was saved and resumes when it is started again.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:
         config = load_config(options.config, options.settings, optional=options.optional)
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message=message)
-            finished = (_plan if options.command == "plan" else _run)(options, config)
+            return _COMMANDS.get(options.command, _run)(options, config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-oreal: {error}", file=sys.stderr)  # noqa: T201  this is the console
         return USAGE_EXIT
-    return 0 if finished else STOPPED_EXIT
 
 
-def _plan(options: argparse.Namespace, config: Config) -> bool:
-    """Prints what the weight sync of a cluster costs; returns True."""
+def _with_subject(arguments: Sequence[str]) -> list[str]:
+    """Names what is planned where it is left out: `plan --config ...` plans a run."""
+    subjects = ("run", "weights", "-h", "--help")
+    given = list(arguments)
+    if given[:1] == ["plan"] and given[1:2] and given[1] not in subjects:
+        given.insert(1, "run")
+    return given
+
+
+def _plan(options: argparse.Namespace, config: Config) -> int:
+    """Prints what a run takes, or what its weight sync costs; returns 0."""
+    text = (_plan_weights if options.subject == "weights" else _plan_run)(options, config)
+    print(text)  # noqa: T201  the result
+    return 0
+
+
+def _plan_run(options: argparse.Namespace, config: Config) -> str:
+    from megatron_oreal.models.registry import read_model
+    from megatron_oreal.planner.plan import plan_run
+    from megatron_oreal.planner.table import table
+
+    _, dims = read_model(config.model.path)
+    tokens = options.mean_response_tokens
+    plan = plan_run(config, dims, Cluster(GPUS[options.gpu], options.ranks), tokens)
+    return json.dumps(plan.as_dict()) if options.json else table(plan)
+
+
+def _plan_weights(options: argparse.Namespace, config: Config) -> str:
     from megatron_oreal.weights.cluster import plan_of_run
 
     plan = plan_of_run(
@@ -70,13 +100,25 @@ def _plan(options: argparse.Namespace, config: Config) -> bool:
         ranks_per_node=options.ranks_per_node,
         whole_tensors=options.whole_tensors,
     )
-    text = json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
-    print(text)  # noqa: T201  the result
-    return True
+    return json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
 
 
-def _run(options: argparse.Namespace, config: Config) -> bool:
-    """Returns whether the command came to its end."""
+def _doctor(options: argparse.Namespace, config: Config) -> int:
+    """Prints what was found, on rank 0, and returns 1 where something a run needs is missing."""
+    from megatron_oreal.doctor.examine import examine
+    from megatron_oreal.doctor.report import as_json, as_table, exit_status
+
+    findings = examine(config, with_inputs=bool(options.config or options.settings))
+    if os.environ.get("RANK", "0") == "0":
+        if options.json:
+            print(json.dumps(as_json(findings)))  # noqa: T201  the result
+        else:
+            Console().print(as_table(findings))
+    return exit_status(findings)
+
+
+def _run(options: argparse.Namespace, config: Config) -> int:
+    """Returns 0 where the command came to its end, 75 where a signal stopped it."""
     # Imported here: --help and a mistyped key should not wait for torch, Megatron and vLLM.
     from megatron_oreal.parallel.collectives import start_world, stop_world
     from megatron_oreal.parallel.cuda_on_cpu import has_gpu
@@ -89,13 +131,16 @@ def _run(options: argparse.Namespace, config: Config) -> bool:
     start_world()
     try:
         if options.command == "train":
-            return train(config)
+            return 0 if train(config) else STOPPED_EXIT
         if options.command == "sft":
-            return fine_tune(config)
+            return 0 if fine_tune(config) else STOPPED_EXIT
         evaluate(config, as_json=options.json)
-        return True
+        return 0
     finally:
         stop_world()
+
+
+_COMMANDS = {"plan": _plan, "doctor": _doctor}  # all others run on ranks
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,21 +159,31 @@ def _parser() -> argparse.ArgumentParser:
         commands, "evaluate", "score a checkpoint on held-out questions", optional=("data.path",)
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    doctor = _command(
+        commands,
+        "doctor",
+        "look whether this machine can carry a run",
+        optional=("model.path", "data.path"),
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
     _plan_command(commands)
     return parser
 
 
 def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser("plan", help="compute what a run would cost, on no GPU")
-    weights = _command(
-        plan.add_subparsers(dest="subject", required=True),
-        "weights",
-        "plan how new weights reach the engines of a cluster",
-        optional=("data.path",),
+    subjects = plan.add_subparsers(dest="subject", required=True)
+    run = _plan_subject(subjects, "run", "plan the memory and the time of a run (the default)")
+    run.add_argument(
+        "--gpu", choices=tuple(GPUS), default="h100-80", help="what each rank has (h100-80)"
     )
-    weights.add_argument(
-        "--ranks", type=_positive, required=True, metavar="N", help="GPUs of the cluster"
+    run.add_argument(
+        "--mean-response-tokens",
+        type=_positive,
+        metavar="N",
+        help="length of a response on average (a third of sampling.max_new_tokens)",
     )
+    weights = _plan_subject(subjects, "weights", "plan how new weights reach a cluster's engines")
     weights.add_argument(
         "--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (8)"
     )
@@ -137,7 +192,17 @@ def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action="store_true",
         help="send every tensor whole to every rank, as engines that cut it themselves ask for",
     )
-    weights.add_argument("--json", action="store_true", help="print one JSON object, no table")
+
+
+def _plan_subject(
+    subjects: argparse._SubParsersAction[argparse.ArgumentParser], name: str, does: str
+) -> argparse.ArgumentParser:
+    subject = _command(subjects, name, does, optional=("data.path",))
+    subject.add_argument(
+        "--ranks", type=_positive, required=True, metavar="N", help="GPUs of the cluster"
+    )
+    subject.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    return subject
 
 
 def _positive(text: str) -> int:

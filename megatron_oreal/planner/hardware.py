@@ -1,0 +1,44 @@
+"""Public figures of GPUs and of the networks that their makers' eight-GPU machines have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+_TERA = 1e12
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Figures of one GPU; rates are per second and, of links, in one direction.
+
+    `memory` is what programs can take, a little under the name's number; `flops` are dense bf16.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`ranks` GPUs of a kind, in nodes of eight."""
+
+    gpu: Gpu
+    ranks: int
+
+
+# Data sheets of the SXM modules; network: eight cards of 200 or 400 Gb/s in a DGX A100 or H100.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40", int(39.4 * GIB), 312 * _TERA, 1555 * _GIGA, 300 * _GIGA, 25 * _GIGA),
+        Gpu("a100-80", int(79.1 * GIB), 312 * _TERA, 2039 * _GIGA, 300 * _GIGA, 25 * _GIGA),
+        Gpu("h100-80", int(79.1 * GIB), 989 * _TERA, 3350 * _GIGA, 450 * _GIGA, 50 * _GIGA),
+        Gpu("h200-141", int(139.8 * GIB), 989 * _TERA, 4800 * _GIGA, 450 * _GIGA, 50 * _GIGA),
+    )
+}

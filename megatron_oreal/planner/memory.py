@@ -1,0 +1,191 @@
+"""Bytes on the fullest GPU of a layout, by part and phase; docs/planner.md derives each line.
+
+Nothing of a run is moved off the GPU: models, optimizers and engine lie beside each other in every
+phase. What a phase adds is activations, the head's buffers, or weights on their way to the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_oreal.planner.hardware import GIB
+from megatron_oreal.planner.sizes import (
+    Dims,
+    Head,
+    engine_parameters,
+    kv_rows,
+    layer_parameters,
+    query_rows,
+    stage_parameters,
+    vocabulary_parameters,
+)
+
+if TYPE_CHECKING:
+    from megatron_oreal.config.schema import Config
+    from megatron_oreal.planner.hardware import Cluster, Gpu
+
+Phase = Literal["generate", "reference", "token_rm", "policy", "sync"]
+Parts = dict[str, int]
+
+FP32 = 4
+MOMENTS = 2 * FP32
+SAMPLER = 24  # bytes a logit of a sampled step: fp32 copies, sorted values and their places
+GRAPHS = GIB  # CUDA graphs of an engine
+RESERVE = 4 * GIB  # CUDA's context, communicators of NCCL, fragments
+PREFILL_TOKENS = 8192  # at least so many prompt tokens in a step of an engine
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`phases[phase][part]` in bytes, on a rank of the pipeline stage that needs the most."""
+
+    gpu: Gpu
+    stage: int
+    phases: dict[Phase, Parts]
+    kv_tokens: int
+    longest: int
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that needs the most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        """Bytes in that phase."""
+        return self.total(self.peak_phase)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits the GPU and an engine can hold one sequence of full length."""
+        return self.peak <= self.gpu.memory and self.kv_tokens >= self.longest
+
+    def total(self, phase: Phase) -> int:
+        """Bytes of all parts in a phase."""
+        return sum(self.phases[phase].values())
+
+
+def plan_memory(config: Config, dims: Dims, cluster: Cluster) -> Memory:
+    """Returns the memory of the pipeline stage that needs the most; pure.
+
+    Args:
+        config: The run; its layout divides the cluster and the model.
+        dims: The model's dimensions.
+        cluster: The GPUs of the run.
+    """
+    stages = range(config.parallel.pipeline)
+    found = [_stage(config, dims, cluster, stage) for stage in stages]
+    return max(found, key=lambda memory: memory.peak)
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.model.precision == "bf16" else FP32
+
+
+def data_parallel(config: Config, ranks: int) -> int:
+    """How often the ranks hold each model."""
+    layout = config.parallel
+    return ranks // (layout.tensor * layout.pipeline * layout.context)
+
+
+def kv_bytes(config: Config, dims: Dims) -> int:
+    """Bytes that one token takes in the cache of one rank of an engine."""
+    rows = math.ceil(dims.kv_heads / config.rollout.tensor_parallel) * dims.head_dim
+    return 2 * dims.layers * rows * element_bytes(config)
+
+
+def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
+    resident = _models(config, dims, cluster.ranks, stage)
+    engine, kv_tokens = _engine(config, dims, cluster.gpu)
+    resident |= engine | {"reserve": RESERVE}
+    layer = _layer_activations(config, dims)
+    in_flight = config.parallel.pipeline - stage
+    layers = dims.layers // config.parallel.pipeline
+    # One layer more: what its backward pass holds while it runs.
+    training = {"activations": layer * (layers * in_flight + 1)}
+    scoring = {"activations": 2 * layer}
+    last = stage == config.parallel.pipeline - 1
+    phases: dict[Phase, Parts] = {
+        "generate": resident,
+        "reference": resident | scoring | _head(config, dims, last, trains=False),
+        "token_rm": resident | training,
+        "policy": resident | training | _head(config, dims, last, trains=True),
+        "sync": resident | {"staging": _staging(config, dims)},
+    }
+    if config.oreal.token_weights.kind == "none":
+        del phases["token_rm"]
+    return Memory(cluster.gpu, stage, phases, kv_tokens, config.sampling.max_total_tokens)
+
+
+def _models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
+    """Weights, gradients and optimizer of policy, reference and token_rm."""
+    layout, size = config.parallel, element_bytes(config)
+    shards = data_parallel(config, ranks) if layout.distributed_optimizer else 1
+    # fp32 weights need no copy of theirs.
+    state = MOMENTS + (FP32 if config.model.precision == "bf16" else 0)
+    heads: tuple[Head, ...] = ("vocab", "scalar")
+    counts = {
+        head: stage_parameters(dims, layout.tensor, layout.pipeline, stage, head) for head in heads
+    }
+    trained = [counts["vocab"]]
+    if config.oreal.token_weights.kind != "none":
+        trained.append(counts["scalar"])
+    return {
+        "weights": size * (sum(trained) + counts["vocab"]),  # the reference's as well
+        "gradients": FP32 * sum(trained),
+        "optimizer": sum(math.ceil(state * count / shards) for count in trained),
+    }
+
+
+def _layer_activations(config: Config, dims: Dims) -> int:
+    """Bytes that one layer keeps for its backward pass, of one micro-batch.
+
+    A token keeps 4 h (residual and normed input of both halves), q, k, v and the attention's
+    output, and 4 f: gate and up, silu(gate), and the product that the last projection reads.
+    """
+    layout = config.parallel
+    shared = layout.tensor if layout.sequence_parallel else 1
+    cut = 2 * query_rows(dims) + 2 * kv_rows(dims) + 4 * dims.ffn
+    a_token = 4 * dims.hidden / shared + cut / layout.tensor
+    tokens = config.engine.tokens_per_micro_batch / layout.context
+    return math.ceil(a_token * tokens * element_bytes(config))
+
+
+def _head(config: Config, dims: Dims, last: bool, *, trains: bool) -> Parts:
+    """The language-model head: gathered hidden states, a chunk's logits, the weight's gradient."""
+    if not last:
+        return {}
+    size, tensor = element_bytes(config), config.parallel.tensor
+    tokens = config.engine.tokens_per_micro_batch / config.parallel.context
+    hidden = tokens * dims.hidden * size
+    logits = config.engine.head_chunk_tokens * math.ceil(dims.vocab / tensor)
+    if not trains:
+        return {"head": math.ceil(hidden + 2 * FP32 * logits)}
+    gradient = vocabulary_parameters(dims, tensor) * (FP32 + size)
+    return {"head": math.ceil(2 * hidden + (2 * FP32 + FP32 + size) * logits + gradient)}
+
+
+def _engine(config: Config, dims: Dims, gpu: Gpu) -> tuple[Parts, int]:
+    """An engine takes its share of the GPU: weights, work space, and the rest is its cache."""
+    rollout, size = config.rollout, element_bytes(config)
+    share = int(rollout.gpu_memory_utilization * gpu.memory)
+    weights = size * engine_parameters(dims, rollout.tensor_parallel)
+    prefill = max(config.sampling.max_total_tokens, PREFILL_TOKENS)
+    a_token = 4 * dims.hidden + 3 * dims.ffn // rollout.tensor_parallel
+    work = size * a_token * prefill + SAMPLER * rollout.max_sequences * dims.vocab
+    work += 0 if rollout.enforce_eager else GRAPHS
+    cache = max(0, share - weights - work)
+    parts = {"engine weights": weights, "engine work space": work, "KV cache": cache}
+    return parts, cache // kv_bytes(config, dims)
+
+
+def _staging(config: Config, dims: Dims) -> int:
+    """Packed buffers out and in, whole tensors of a round, and a layer that the engine collects."""
+    size = element_bytes(config)
+    largest = size * vocabulary_parameters(dims)
+    a_round = max(config.rollout.sync_round_mib * _MIB, largest)
+    return 2 * a_round + size * layer_parameters(dims)

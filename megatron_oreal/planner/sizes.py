@@ -1,0 +1,87 @@
+"""How many parameters a model has, whole and on one rank of a layout; plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+Head = Literal["vocab", "scalar"]
+
+
+class Dims(Protocol):
+    """The dimensions of a dense decoder, as `models.family.ModelDims` has them."""
+
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def hidden(self) -> int: ...  # noqa: D102
+    @property
+    def heads(self) -> int: ...  # noqa: D102
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def ffn(self) -> int: ...  # noqa: D102
+    @property
+    def vocab(self) -> int: ...  # noqa: D102
+    @property
+    def tied_embeddings(self) -> bool: ...  # noqa: D102
+    @property
+    def qkv_bias(self) -> bool: ...  # noqa: D102
+    @property
+    def qk_norm(self) -> bool: ...  # noqa: D102
+
+
+def query_rows(dims: Dims) -> int:
+    """Rows of the query projection."""
+    return dims.heads * dims.head_dim
+
+
+def kv_rows(dims: Dims) -> int:
+    """Rows of the key projection, and of the value projection."""
+    return dims.kv_heads * dims.head_dim
+
+
+def layer_parameters(dims: Dims, tensor: int = 1, kv_copies: int = 1) -> int:
+    """Parameters of a layer on one of `tensor` ranks, key-value heads held so many times over."""
+    rows = query_rows(dims) + 2 * kv_rows(dims) * kv_copies
+    matrices = rows * dims.hidden + query_rows(dims) * dims.hidden + 3 * dims.ffn * dims.hidden
+    bias = rows if dims.qkv_bias else 0
+    norms = 2 * dims.hidden + (2 * dims.head_dim if dims.qk_norm else 0)
+    return math.ceil((matrices + bias) / tensor) + norms
+
+
+def vocabulary_parameters(dims: Dims, tensor: int = 1) -> int:
+    """Parameters of the embedding, or of the output, on one of `tensor` ranks, padding included."""
+    return math.ceil(dims.vocab / tensor) * dims.hidden
+
+
+def parameters(dims: Dims) -> int:
+    """Parameters of the whole model, tied embeddings counted once."""
+    ends = 1 if dims.tied_embeddings else 2
+    body = dims.layers * layer_parameters(dims) + dims.hidden
+    return body + ends * vocabulary_parameters(dims)
+
+
+def stage_parameters(dims: Dims, tensor: int, pipeline: int, stage: int, head: Head) -> int:
+    """Parameters on one rank of a pipeline stage of a model with this head."""
+    count = dims.layers // pipeline * layer_parameters(dims, tensor)
+    first, last = stage == 0, stage == pipeline - 1
+    if first:
+        count += vocabulary_parameters(dims, tensor)
+    if last:
+        count += dims.hidden
+        if head == "scalar":
+            count += dims.hidden
+        elif not (first and dims.tied_embeddings):
+            count += vocabulary_parameters(dims, tensor)
+    return count
+
+
+def engine_parameters(dims: Dims, tensor: int) -> int:
+    """Parameters on one rank of a vLLM engine, which copies key-value heads it has too few of."""
+    copies = max(1, tensor // dims.kv_heads)
+    ends = 1 if dims.tied_embeddings else 2
+    body = dims.layers * layer_parameters(dims, tensor, copies) + dims.hidden
+    return body + ends * vocabulary_parameters(dims, tensor)
