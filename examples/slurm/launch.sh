@@ -58,8 +58,9 @@ launch() {
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
   local logs=${LOGS:-logs}/$SLURM_JOB_ID
   mkdir -p "$logs"
-  # A rank that dies takes the others along, which would wait for it until their time-out. A restart appends.
-  local options=(--kill-on-bad-exit=1 --open-mode=append "--output=$logs/rank_%t.log")
+  # A rank that dies takes the others along, which would wait for it until their time-out, but five minutes later: not
+  # --kill-on-bad-exit, which ends the ranks that are still on their way to REQUEUE_STATUS. A restart appends.
+  local options=(--wait=300 --open-mode=append "--output=$logs/rank_%t.log")
   if [[ -n ${CONTAINER_IMAGE:-} ]]; then
     options+=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
     options+=("--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
