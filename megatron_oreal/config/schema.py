@@ -129,6 +129,10 @@ class VerifierConfig:
     cpu_deadline_s: float = 3.0
     wall_deadline_s: float = 10.0
     thinking_end_markers: tuple[str, ...] = ("</think>",)
+    extract: tuple[str, ...] = ("boxed",)
+    relative_tolerance: float = 0.0
+    default: str = "math"
+    routes: tuple[str, ...] = ()
     max_unverified_share: float = 0.1
     unverified_is_incorrect: bool = False
 
@@ -137,8 +141,41 @@ class VerifierConfig:
         at_least(self, 1, "workers_per_rank")
         above_zero(self, "cpu_deadline_s", "wall_deadline_s")
         share(self, "max_unverified_share")
+        share_below_one(self, "relative_tolerance")
+        known = {"boxed", "announced", "last_number"}
+        ways = self.extract
+        fix = "name one or more of boxed, announced, last_number"
+        require(bool(ways) and set(ways) <= known, "extract", list(ways), fix)
         markers = self.thinking_end_markers
         require(all(markers), "thinking_end_markers", list(markers), "leave no marker empty")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Language models that are asked about answers which the rules did not accept."""
+
+    when: Literal["never", "undecided", "not_correct"] = "never"
+    hosts: tuple[str, ...] = ()
+    model: str | None = None
+    api_key_variable: str | None = None
+    concurrency: int = 16
+    attempts: int = 4
+    backoff_s: float = 1.0
+    request_deadline_s: float = 60.0
+    deadline_s: float = 600.0
+    max_tokens: int = 512
+    tail_chars: int = 1000
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 1, "concurrency", "attempts", "max_tokens", "tail_chars")
+        above_zero(self, "backoff_s", "request_deadline_s", "deadline_s")
+        if self.when != "never":
+            hosts = self.hosts
+            require(bool(hosts), "hosts", list(hosts), "name a server, http://host:port/v1")
+            require(bool(self.model), "model", self.model, "name the model as the servers call it")
+        web = all(host.startswith(("http://", "https://")) for host in self.hosts)
+        require(web, "hosts", list(self.hosts), "begin each with http:// or https://")
 
 
 @dataclass(frozen=True)
@@ -307,6 +344,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     oreal: OrealConfig = field(default_factory=OrealConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -30,7 +30,7 @@ def evaluate(config: Config, *, as_json: bool) -> None:
     texts = read_texts(config, training=False)
     engine = start_engine(config, texts)
     first = world_rank() == 0
-    with Verifier(config.verifier) as verifier:
+    with Verifier(config.verifier, config.judge) as verifier:
         evaluator = Evaluator(config, texts.held_out, engine, verifier)
         progress = Progress(first, Console(stderr=True))
         with progress.task("evaluate", evaluator.responses, "responses") as advance:

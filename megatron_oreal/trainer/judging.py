@@ -23,7 +23,13 @@ def judge_groups(
     and difficulty, spread over the ranks.
     """
     answers = [
-        Answer(group.prompt.gold_answer, rollout.text, rollout.stopped, group.prompt.data_source)
+        Answer(
+            group.prompt.gold_answer,
+            rollout.text,
+            rollout.stopped,
+            data_source=group.prompt.data_source,
+            question=group.prompt.question,
+        )
         for group in groups
         for rollout in group.rollouts
     ]

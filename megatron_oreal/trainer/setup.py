@@ -165,7 +165,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
     with contextlib.ExitStack() as stack:
         journal = Journal(config, config.schedule.iterations, resumed)
         stack.enter_context(contextlib.closing(journal))
-        verifier = stack.enter_context(Verifier(config.verifier))
+        verifier = stack.enter_context(Verifier(config.verifier, config.judge))
         with journal.phase("start"):
             policy, reference, token_rm = _build_models(source, resumed)
             engine = stack.enter_context(contextlib.closing(start_engine(config, texts)))

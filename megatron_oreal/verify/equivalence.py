@@ -1,12 +1,8 @@
-r"""Decides whether two mathematical answers are equal.
+r"""Decides whether two mathematical answers are equal. Runs in a verification worker only.
 
-Runs in a verification worker only: sympy may not come back.
-
-1. Equal texts, after a light normalisation, are equal.
-2. A gold answer that is a word is compared as text: math-verify reads words as products, where
-   `dog` equals `god`.
-3. All else is read as LaTeX by math-verify. Its reader of plain expressions is not used (it ends
-   in `eval`), nor are its time limits: the sandbox has the deadline.
+docs/verifier.md has the policy. In this order: texts that are the same; gold answers that are words
+or choices; shapes (lists, sets, intervals, matrices), part by part; plain numbers, exactly; units;
+all else as sympy expressions, read by `reader.py` and compared by math-verify.
 
 "Not equal" is said only of a pair that was read on both sides, or of an answer in plain arithmetic
 characters that is no expression (`3+`). An answer that could not be read for another reason is
@@ -16,40 +12,28 @@ UNVERIFIED: it may be right.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
-from math_verify import LatexExtractionConfig, parse, verify
+import sympy
+from math_verify import verify
 
 from megatron_oreal.types import Outcome
+from megatron_oreal.verify.numbers import PlainNumber, read_number, same_number
 from megatron_oreal.verify.protocol import Comparison, Pair
+from megatron_oreal.verify.reader import RefusedError, UnreadableError, read
+from megatron_oreal.verify.shapes import compare_shapes
+from megatron_oreal.verify.spelling import as_text, clean, hidden_character
+from megatron_oreal.verify.units import ratio_of_units, split_unit
+from megatron_oreal.verify.words import compare_words
 
-_LATEX_ONLY = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
+if TYPE_CHECKING:
+    from fractions import Fraction
 
-_SPELLINGS = {
-    "−": "-",  # unicode minus
-    "–": "-",
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "°": r"^{\circ}",
-    "\u00a0": " ",
-}
-_SPELLING = re.compile("|".join(_SPELLINGS))
-_LAYOUT = re.compile(
-    r"(?<!\\)\\(?:(?:left|right|displaystyle|q?quad)(?![A-Za-z])|[,;:! $()\[\]])|\$"
-)
-_SIZED_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}\\]*)\}")
-_LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
-_SPACE = re.compile(r"\s+")
-_GROUPED_DIGITS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d ])")
-_POWER_OF_TEN = re.compile(r"(?<=\d)[eE]([+-]?\d{1,3})(?![\d.A-Za-z])")
-_MIXED_NUMBER = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
-_SIDE_BY_SIDE = re.compile(r"(?<!\\frac )\d \d")  # math-verify would add the two numbers
-_WORD = re.compile(r"[A-Za-z]{3,}(?: [A-Za-z]+)*")
-_CHOICE = re.compile(r"\(([A-Za-z])\)")
-_PLAIN_ARITHMETIC = re.compile(r"[0-9+\-*/^().,= ]{0,64}")
+_PLAIN_ARITHMETIC = re.compile(r"[0-9+\-*/^().,=! ]{0,64}")
+_SIDE_BY_SIDE = re.compile(r"(?<!\\frac )(?<!_)[0-9] [0-9]")  # the grammar would multiply the two
+_WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|text|frac)[^a-z])[A-Za-z]{3,}")
+_DEGREES = re.compile(r"([0-9.]+) ?\^\{\\circ\}")
+_DIGIT_LIMIT = 15  # of a numerical comparison
 
 # What sympy raises on expressions it cannot compare; anything else ends the worker, which leaves
 # the pair UNVERIFIED too.
@@ -58,73 +42,120 @@ _NOT_COMPARABLE = (
     AssertionError,
     AttributeError,
     LookupError,
+    NotImplementedError,
+    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,
 )
 
 
-def compare(pair: Pair) -> Comparison:
-    """Compares an answer with the gold answer; without bounds in time and memory of its own."""
+def compare(pair: Pair, tolerance: float = 0.0) -> Comparison:
+    """Compares an answer with the gold answer; without bounds in time and memory of its own.
+
+    Args:
+        pair: the gold answer and the answer.
+        tolerance: relative difference allowed between numbers of which one is a decimal.
+    """
+    for whose, text in (("gold answer", pair.gold), ("answer", pair.answer)):
+        hidden = hidden_character(
+            text.replace("\u200b", "").replace("\u2060", "").replace("\ufeff", "")
+        )
+        if hidden:
+            return Comparison(Outcome.UNVERIFIED, f"the {whose} holds the character {hidden}")
     gold, answer = clean(pair.gold), clean(pair.answer)
     if as_text(gold) == as_text(answer):
         return Comparison(Outcome.CORRECT, "same text")
-    if _WORD.fullmatch(as_text(gold)):
-        return _compare_words(as_text(answer))
-    return _compare_mathematics(gold, answer)
+    by_words = compare_words(gold, answer)
+    if by_words is not None:
+        return by_words
+    return compare_shapes(gold, answer, lambda g, a: _compare_scalars(g, a, tolerance))
 
 
-def clean(latex: str) -> str:
-    """Returns the answer without layout, with signs, boxes and numbers spelt in one way."""
-    latex = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], latex)
-    latex = _SIZED_FRACTION.sub(r"\\frac", _BOX.sub("{", latex))
-    latex = _SPACE.sub(" ", _LAYOUT.sub(" ", latex)).strip().removesuffix(".").strip()
-    latex = _GROUPED_DIGITS.sub(lambda match: match[0].replace(" ", ""), latex)
-    latex = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", latex)
-    return _POWER_OF_TEN.sub(r" \\times 10^{\1}", latex)
+def _compare_scalars(gold: str, answer: str, tolerance: float) -> Comparison:
+    """Compares two answers without brackets, commas or relations around them."""
+    left, right = read_number(gold), read_number(answer)
+    if left and right:
+        return _verdict(same_number(left, right, tolerance))
+    if as_text(gold) == as_text(answer):
+        return Comparison(Outcome.CORRECT, "same text")
+    gold_body, gold_unit = split_unit(gold)
+    body, unit = split_unit(answer)
+    angle = "^{\\circ}^1"
+    if angle in (gold_unit, unit) and r"\pi" in gold + answer:
+        gold, answer = _in_radians(gold_body, gold_unit), _in_radians(body, unit)
+    elif gold_unit or unit:
+        return _compare_with_units((gold_body, gold_unit), (body, unit), tolerance)
+    return _compare_expressions(gold, answer, tolerance)
 
 
-def as_text(latex: str) -> str:
-    r"""Returns a cleaned answer as text: `\text{}` unwrapped, spaces inside words only."""
-    text = _LOOSE_SPACE.sub("", _TEXT.sub(r"\1", latex)).strip()
-    choice = _CHOICE.fullmatch(text)
-    text = choice[1] if choice else text
-    return text.casefold() if _WORD.fullmatch(text) else text
+def _in_radians(body: str, unit: str) -> str:
+    return rf"\frac{{({body})\pi}}{{180}}" if unit else body
 
 
-def _compare_words(answer: str) -> Comparison:
-    """Compares an answer that is not the same text as a gold answer that is a word."""
-    if _WORD.fullmatch(answer):
-        return Comparison(Outcome.INCORRECT, "another word")
-    return Comparison(Outcome.UNVERIFIED, "the gold answer is a word, the answer is not")
+def _compare_with_units(
+    gold: tuple[str, str], answer: tuple[str, str], tolerance: float
+) -> Comparison:
+    """Compares bodies whose units are known to each other."""
+    ratio = ratio_of_units(gold[1], answer[1])
+    same = compare_shapes(gold[0], answer[0], lambda g, a: _compare_bodies(g, a, tolerance, ratio))
+    if ratio is None and same.outcome is not Outcome.UNVERIFIED:
+        return Comparison(Outcome.UNVERIFIED, "another unit")
+    return same
 
 
-def _compare_mathematics(gold: str, answer: str) -> Comparison:
-    """Compares two answers as math-verify reads them."""
-    parsed_gold, parsed_answer = _read(gold), _read(answer)
-    if not parsed_gold:
-        return Comparison(Outcome.UNVERIFIED, "the gold answer could not be read")
-    if not parsed_answer:
-        if _PLAIN_ARITHMETIC.fullmatch(answer):
-            return Comparison(Outcome.INCORRECT, "not an expression")
-        return Comparison(Outcome.UNVERIFIED, "the answer could not be read")
+def _compare_bodies(gold: str, answer: str, tolerance: float, ratio: Fraction | None) -> Comparison:
+    left, right = read_number(gold), read_number(answer)
+    if left and right:
+        scaled = PlainNumber(right.value * (ratio or 1), right.percent, right.decimal, right.base)
+        return _verdict(same_number(left, scaled, tolerance))
+    if ratio not in (None, 1):
+        answer = rf"\frac{{{ratio.numerator}}}{{{ratio.denominator}}}({answer})"
+    return _compare_expressions(gold, answer, tolerance)
+
+
+def _compare_expressions(gold: str, answer: str, tolerance: float) -> Comparison:
+    """Compares two answers as sympy expressions."""
+    found = []
+    for whose, text in (("gold answer", gold), ("answer", answer)):
+        try:
+            if _SIDE_BY_SIDE.search(text):
+                raise UnreadableError("two numbers side by side")
+            found.append(read(_DEGREES.sub(r"(\\frac{\1\\pi}{180})", text)))
+        except RefusedError as error:
+            return Comparison(Outcome.UNVERIFIED, f"the {whose} is refused: {error}")
+        except UnreadableError:
+            if whose == "answer" and _PLAIN_ARITHMETIC.fullmatch(text):
+                return Comparison(Outcome.INCORRECT, "not an expression")
+            return Comparison(Outcome.UNVERIFIED, f"the {whose} could not be read")
+    left, right = found
     try:
-        equal = verify(parsed_gold, parsed_answer, timeout_seconds=None, raise_on_error=True)
+        decimal = tolerance > 0 and "." in gold + answer
+        equal = _equal(left, right) or (decimal and _close(left, right, tolerance))
     except _NOT_COMPARABLE as error:
         return Comparison(Outcome.UNVERIFIED, f"not comparable: {type(error).__name__}")
-    if equal:
-        return Comparison(Outcome.CORRECT, "equal")
-    return Comparison(Outcome.INCORRECT, "not equal")
+    if not equal and set(_WORD.findall(answer)) - set(_WORD.findall(gold)):
+        return Comparison(Outcome.UNVERIFIED, "the answer holds words")
+    return _verdict(equal)
 
 
-def _read(latex: str) -> list:
-    """Returns what math-verify makes of an answer: one sympy expression, or nothing."""
-    if _SIDE_BY_SIDE.search(latex):
-        return []
-    return parse(
-        rf"\boxed{{{latex}}}",
-        extraction_config=_LATEX_ONLY,
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,  # pyright: ignore[reportArgumentType]
+def _equal(gold: Any, answer: Any) -> bool:
+    if answer.has(sympy.nan, sympy.zoo):
+        return False
+    if gold.is_number and answer.is_number and not gold.has(sympy.I):
+        # Far apart is different; near is for the exact comparison to say.
+        difference = abs((gold - answer).evalf(_DIGIT_LIMIT, maxn=100))
+        if difference.is_Float and difference > abs(gold.evalf(_DIGIT_LIMIT)) * 1e-9 + 1e-12:
+            return False
+    return verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+
+
+def _close(gold: Any, answer: Any, tolerance: float) -> bool:
+    left, right = gold.evalf(_DIGIT_LIMIT), answer.evalf(_DIGIT_LIMIT)
+    return bool(left.is_Float and right.is_Float and abs(left - right) <= tolerance * abs(left))
+
+
+def _verdict(equal: bool) -> Comparison:
+    return Comparison(
+        Outcome.CORRECT if equal else Outcome.INCORRECT, "equal" if equal else "not equal"
     )

@@ -18,10 +18,11 @@ class ProtocolError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A gold answer and the answer that is compared with it."""
+    """A gold answer and the answer that is compared with it, by the verifier of that name."""
 
     gold: str
     answer: str
+    verifier: str = "math"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,21 @@ class Comparison:
 
 def encode_request(number: int, pair: Pair) -> bytes:
     """Returns one line; non-ASCII is escaped, so that lone surrogates travel too."""
-    request = {"number": number, "gold": pair.gold, "answer": pair.answer}
+    request = {
+        "number": number,
+        "gold": pair.gold,
+        "answer": pair.answer,
+        "verifier": pair.verifier,
+    }
     return json.dumps(request).encode("ascii") + b"\n"
 
 
 def decode_request(line: bytes) -> tuple[int, Pair]:
     """Returns the number and the pair of a line written by `encode_request`."""
     request = json.loads(line)
-    return request["number"], Pair(gold=request["gold"], answer=request["answer"])
+    return request["number"], Pair(
+        gold=request["gold"], answer=request["answer"], verifier=request["verifier"]
+    )
 
 
 def encode_reply(number: int, comparison: Comparison) -> bytes:

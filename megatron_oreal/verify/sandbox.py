@@ -49,6 +49,9 @@ class WorkerPool:
         cpu_deadline_s: float,
         wall_deadline_s: float,
         memory_bytes: int = WORKER_MEMORY_BYTES,
+        *,
+        tolerance: float = 0.0,
+        verifiers: Sequence[str] = ("math",),
     ) -> None:
         """Starts the workers and one spare, and returns before they are ready.
 
@@ -57,6 +60,8 @@ class WorkerPool:
             cpu_deadline_s: processor time of one pair.
             wall_deadline_s: wall time of one pair.
             memory_bytes: address space of one worker.
+            tolerance: relative difference allowed between numbers of which one is a decimal.
+            verifiers: names in the registry that pairs may ask for.
 
         Raises:
             UserError: math-verify is not installed.
@@ -64,7 +69,7 @@ class WorkerPool:
         if find_spec("math_verify") is None:
             raise UserError("verifier: math_verify is not installed: pip install 'math-verify'")
         self._workers = workers
-        self._limits = (cpu_deadline_s, wall_deadline_s, memory_bytes)
+        self._limits = (cpu_deadline_s, wall_deadline_s, memory_bytes, tolerance, verifiers)
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
         self._processes: list[WorkerProcess] = []

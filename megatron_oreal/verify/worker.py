@@ -2,7 +2,8 @@
 
 Run as `python -m megatron_oreal.verify.worker`. The process is made to be killed: it holds no state
 between pairs, and the kernel ends it when a pair takes too much processor time (`SIGPROF`) or when
-its parent dies (`SIGKILL`). It can write to no file, and what a library prints goes nowhere.
+its parent dies (`SIGKILL`). It can write to no file, run no text and reach no network (sealing.py),
+and what a library prints goes nowhere.
 Start-up errors are written to stderr and end the process before it says that it is ready.
 """
 
@@ -18,13 +19,22 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_oreal.verify.equivalence import compare
 from megatron_oreal.verify.protocol import READY_LINE, Pair, decode_request, encode_reply
+from megatron_oreal.verify.registry import load
+from megatron_oreal.verify.sealing import seal
 
 if TYPE_CHECKING:
     from io import FileIO
 
 _PR_SET_PDEATHSIG = 1
+_ORDINARY = (
+    r"2\sqrt{3}-1",
+    r"x^2+\frac{3}{4}x",
+    r"\frac{\pi}{6}",
+    r"y=2x-1",
+    r"e^{2}(3+4i)",
+    r"\log_2 5\cdot\sin(x)",
+)
 
 
 def main() -> None:
@@ -33,15 +43,17 @@ def main() -> None:
     _die_with_parent(args.parent_pid)
     _ignore_requests_to_stop()
     _limit_resources(args.memory_bytes)
-    compare(
-        Pair(gold="1/2", answer="2/3")
-    )  # builds the parser's tables, which the first pair would pay for
+    verifiers = {name: load(name) for name in args.verifiers}
+    if "math" in verifiers:  # builds the grammar's tables, which the first pairs would pay for
+        for text in _ORDINARY:
+            verifiers["math"](Pair(gold=text, answer=f"{text}+1-1"), 0.0)
     replies = _take_over_stdout()
+    seal()
     replies.write(READY_LINE)
     for line in sys.stdin.buffer:
         number, pair = decode_request(line)
         _allow_cpu_time(args.cpu_deadline_s)
-        reply = encode_reply(number, compare(pair))
+        reply = encode_reply(number, verifiers[pair.verifier](pair, args.tolerance))
         _allow_cpu_time(0.0)
         replies.write(reply)
 
@@ -52,6 +64,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--cpu-deadline-s", type=float, required=True, help="CPU time of one pair")
     parser.add_argument("--memory-bytes", type=int, required=True, help="address space")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="relative, of decimals")
+    parser.add_argument("--verifiers", nargs="+", default=["math"], help="names in the registry")
     return parser.parse_args()
 
 

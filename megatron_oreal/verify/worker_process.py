@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import megatron_oreal
 from megatron_oreal.types import Outcome
@@ -21,6 +22,9 @@ from megatron_oreal.verify.protocol import (
     decode_reply,
     encode_request,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 START_DEADLINE_S = 120.0  # imports from a busy network file system
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH")  # what python itself may need to start
@@ -41,12 +45,24 @@ class WorkerProcess:
         deadline: `time.monotonic()` at which it has overrun: its start, or the pair it holds.
     """
 
-    def __init__(self, cpu_deadline_s: float, wall_deadline_s: float, memory_bytes: int) -> None:
+    def __init__(
+        self,
+        cpu_deadline_s: float,
+        wall_deadline_s: float,
+        memory_bytes: int,
+        tolerance: float,
+        verifiers: Sequence[str],
+    ) -> None:
         """Starts the child and returns before it is ready."""
         self._cpu_deadline_s = cpu_deadline_s
         self._wall_deadline_s = wall_deadline_s
         self._process = subprocess.Popen(
-            _command(cpu_deadline_s, memory_bytes),
+            [
+                *_command(cpu_deadline_s, memory_bytes),
+                f"--tolerance={tolerance}",
+                "--verifiers",
+                *verifiers,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,11 +25,12 @@ from megatron_oreal.verify.sandbox import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 TOWER = "9^{9^{9^{9}}}"
 DEEP = "(" * 900 + "42" + ")" * 900
 EASY = Pair("42", "42.0")
+SPIN = f"{Path(__file__).with_name('spinning_verifier.py')}:spin"
+HANG = Pair("42", "43", SPIN)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ class WatchedPool(WorkerPool):
         self, workers: int = 1, cpu_deadline_s: float = 60.0, wall_deadline_s: float = 60.0
     ) -> None:
         self._others = set(workers_of(os.getpid()))
-        super().__init__(workers, cpu_deadline_s, wall_deadline_s)
+        super().__init__(workers, cpu_deadline_s, wall_deadline_s, verifiers=("math", SPIN))
         self.compare([EASY])
 
     def living(self) -> list[psutil.Process]:
@@ -130,14 +132,14 @@ def test_no_answers_no_verdicts(verifier: Verifier) -> None:
 
 
 def test_a_hang_costs_its_deadline_and_the_next_question_nothing(pool: WatchedPool) -> None:
-    hang, after = pool.compare([Pair("42", TOWER), EASY])
+    hang, after = pool.compare([HANG, EASY])
     assert hang.outcome is Outcome.UNVERIFIED
     assert hang.reason == "more than 1 s of processor time"
     assert after.outcome is Outcome.CORRECT
 
 
 def test_hangs_in_a_row_are_all_paid_and_all_told() -> None:
-    pairs = [Pair("42", TOWER), EASY] * 3
+    pairs = [HANG, EASY] * 3
     with WatchedPool(workers=2, cpu_deadline_s=0.5) as pool:
         outcomes = [found.outcome for found in pool.compare(pairs)]
     assert outcomes == [Outcome.UNVERIFIED, Outcome.CORRECT] * 3
@@ -159,7 +161,7 @@ def test_a_worker_killed_in_the_middle_of_a_pair_is_replaced() -> None:
         before = pool.living()
         killer = threading.Timer(2.0, lambda: max(before, key=cpu_time_s).kill())
         killer.start()
-        killed, after = pool.compare([Pair("42", TOWER), EASY])
+        killed, after = pool.compare([HANG, EASY])
         killer.join()
         assert killed.outcome is Outcome.UNVERIFIED
         assert killed.reason == "the worker died: SIGKILL"
@@ -180,7 +182,7 @@ def test_an_interrupted_call_leaves_nothing_behind_for_the_next(pool: WatchedPoo
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pool.compare([EASY, Pair("42", TOWER)], interrupt)
+        pool.compare([EASY, HANG], interrupt)
     found = pool.compare([Pair("1", "2"), Pair("1", "1.0")])
     assert [one.outcome for one in found] == [Outcome.INCORRECT, Outcome.CORRECT]
 
@@ -219,10 +221,10 @@ def test_workers_die_with_a_parent_that_is_killed() -> None:
     program = (
         "from megatron_oreal.verify.sandbox import WorkerPool\n"
         "from megatron_oreal.verify.protocol import Pair\n"
-        "pool = WorkerPool(workers=1, cpu_deadline_s=60.0, wall_deadline_s=60.0)\n"
+        f"pool = WorkerPool(1, 60.0, 60.0, verifiers=('math', {SPIN!r}))\n"
         "pool.compare([Pair('42', '42.0')])\n"
         "print('up', flush=True)\n"
-        f"pool.compare([Pair('42', '{TOWER}')])\n"
+        f"pool.compare([Pair('42', '43', {SPIN!r})])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert parent.stdout is not None

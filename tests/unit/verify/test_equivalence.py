@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_oreal.types import Outcome
-from megatron_oreal.verify.equivalence import as_text, clean, compare
+from megatron_oreal.verify.equivalence import compare
 from megatron_oreal.verify.protocol import Pair
+from megatron_oreal.verify.spelling import as_text, clean
 
 HALF = r"\frac{1}{2}"
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
@@ -88,6 +89,7 @@ DIFFERENT = [
     ("42", "x=41"),
     ("42", "42 or 43"),
     ("42", "41, 42"),
+    ("5", "½"),
     ("42", "42!"),
     ("42", "42+"),
     ("42", "42)("),
@@ -119,7 +121,6 @@ DIFFERENT = [
 UNDECIDED = [
     ("5", "__import__('os').system('true')"),
     ("5", r"\input{/etc/passwd}"),
-    ("5", "½"),
     ("5", "\x00"),
     ("5", "\u202e5"),
     ("Monday", "the 1st day"),
