@@ -19,6 +19,8 @@ REQUIRED = [
     "math-verify>=0.9,<0.10",
     # What math-verify compares with, and the project where it simplifies under a deadline.
     "sympy>=1.13",
+    # Asks judges, where `judge.when` wants one; vllm needs it as well.
+    "openai>=3",
     # YAML plus key=value on the command line, against the dataclasses of config/schema.py.
     "omegaconf>=2.4,<3",
     # JSON lines checked against a declared record, with the field named in the error.
@@ -43,6 +45,7 @@ EXTRAS = {
     "dev": [
         "pytest>=9",
         "pytest-timeout>=2.4",  # a hung collective fails its test instead of the whole run
+        "aiohttp>=3.14",  # the servers that a judge is tested against
         "hypothesis>=6.150",  # properties of packing, sampling and weight plans
         "ruff>=0.17,<0.18",
         "pyright[nodejs]>=1.1.414",  # the extra brings node as a wheel
