@@ -36,8 +36,6 @@ _NESTED_EXPONENT = re.compile(r"\^[^+\-*/=,]*\^[^+\-*/=,]*\^")
 _COMMAND = re.compile(
     r"\\(?:input|include|write|def|let|newcommand|csname|open(?:in|out)|read|catcode)\b"
 )
-    r"\\(?:input|include|write|def|let|newcommand|csname|open(?:in|out)|read|catcode)\b"
-)
 
 
 class RefusedError(ValueError):
