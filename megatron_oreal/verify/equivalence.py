@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _PLAIN_ARITHMETIC = re.compile(r"[0-9+\-*/^().,=! ]{0,64}")
 _SIDE_BY_SIDE = re.compile(r"(?<!\\frac )(?<!_)[0-9] [0-9]")  # the grammar would multiply the two
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|log|exp|sqrt|text|frac)[^a-z])[A-Za-z]{3,}")
+_PARAMETERS = {"k", "m", "n", "c"}  # of families of solutions, free to be named otherwise
 _DEGREES = re.compile(r"([0-9.]+) ?\^\{\\circ\}")
 _DIGIT_LIMIT = 15  # of a numerical comparison
 
@@ -134,14 +135,25 @@ def _compare_expressions(gold: str, answer: str, tolerance: float) -> Comparison
         equal = _equal(left, right) or (decimal and _close(left, right, tolerance))
     except _NOT_COMPARABLE as error:
         return Comparison(Outcome.UNVERIFIED, f"not comparable: {type(error).__name__}")
-    if not equal and set(_WORD.findall(answer)) - set(_WORD.findall(gold)):
-        return Comparison(Outcome.UNVERIFIED, "the answer holds words")
-    return _verdict(equal)
+    doubt = "" if equal else _doubt(gold, answer, left, right)
+    return Comparison(Outcome.UNVERIFIED, doubt) if doubt else _verdict(equal)
+
+
+def _doubt(gold: str, answer: str, left: Any, right: Any) -> str:
+    """Returns why two answers that are not equal may still mean the same; empty if they do not."""
+    if set(_WORD.findall(answer)) - set(_WORD.findall(gold)):
+        return "the answer holds words"
+    names = [{str(symbol) for symbol in side.free_symbols} for side in (left, right)]
+    renamed = names[0] != names[1] and all(len(n) == 1 and n <= _PARAMETERS for n in names)
+    return "a parameter of another name" if renamed else ""
 
 
 def _equal(gold: Any, answer: Any) -> bool:
     if answer.has(sympy.nan, sympy.zoo):
         return False
+    both = isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)
+    if both and gold.is_Symbol != answer.is_Symbol:
+        return sympy.simplify(gold - answer) == 0  # math-verify compares a symbol by its name
     if gold.is_number and answer.is_number and not gold.has(sympy.I):
         # Far apart is different; near is for the exact comparison to say.
         difference = abs((gold - answer).evalf(_DIGIT_LIMIT, maxn=100))

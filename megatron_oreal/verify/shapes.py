@@ -31,13 +31,17 @@ def compare_shapes(gold: str, answer: str, scalars: Scalars, nesting: int = 0) -
         return scalars(gold, answer) if both else _different("of another variable")
     if left.kind == right.kind == "scalar":
         return _scalar(left, right, gold, answer, scalars)
-    return _compare_parts(left, right, lambda g, a: compare_shapes(g, a, scalars, nesting + 1))
+    return _compare_parts(
+        scalars, left, right, lambda g, a: compare_shapes(g, a, scalars, nesting + 1)
+    )
 
 
-def _compare_parts(left: Shape, right: Shape, inner: Scalars) -> Comparison:
+def _compare_parts(scalars: Scalars, left: Shape, right: Shape, inner: Scalars) -> Comparison:
     """Compares two answers of which at least one has parts."""
     if max(len(left.parts), len(right.parts)) > MAX_PARTS:
         return Comparison(Outcome.UNVERIFIED, f"more than {MAX_PARTS} parts")
+    if "union" in (left.kind, right.kind) and "bracketed" in (left.kind, right.kind):
+        return scalars(_as_set(left), _as_set(right))  # sympy joins what touches
     if left.kind in _WITHOUT_ORDER and right.kind in _WITHOUT_ORDER:
         return _without_order(left.parts, right.parts, inner)
     if _single(left) != _single(right):
@@ -120,6 +124,12 @@ def _all(comparisons: Iterable[Comparison]) -> Comparison:
         if one.outcome is Outcome.UNVERIFIED:
             unsure = unsure or one
     return unsure or _EQUAL
+
+
+def _as_set(shape: Shape) -> str:
+    if shape.kind == "union":
+        return r"\cup ".join(shape.parts)
+    return f"{shape.brackets[0]}{', '.join(shape.parts)}{shape.brackets[1]}"
 
 
 def _real_line(text: str) -> str:

@@ -92,6 +92,7 @@ _SYNONYMS = {
     r"\\colon": ":",
 }
 _SYNONYM = [(re.compile(rf"(?:{old})(?![A-Za-z])"), new) for old, new in _SYNONYMS.items()]
+_GEOMETRY = re.compile(r"\\(?:triangle|angle|square)(?![A-Za-z])|\\overline\s*\{([A-Z]+)\}")
 _CIRCLE = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})")
 _SPACE = re.compile(r"\s+")
 _GROUPED_BY_SPACE = re.compile(r"(?<![0-9.])[0-9]{1,3}(?: [0-9]{3})+(?![0-9 ])")
@@ -149,4 +150,5 @@ def _clean_commands(latex: str) -> str:
     latex = _ROMAN.sub(r"\\text", _SET_NAME.sub(r"\\mathbb{R}", latex))
     for pattern, spelling in _SYNONYM:
         latex = pattern.sub(spelling, latex)
+    latex = _GEOMETRY.sub(lambda match: match[1] or "", latex)
     return _CIRCLE.sub(r"^{\\circ}", latex)

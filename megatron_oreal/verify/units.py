@@ -47,6 +47,7 @@ _BEHIND = re.compile(
     re.DOTALL,
 )
 _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_CIRCLE = r"^{\circ}"
 _SHORT = {"sq": "square", "cu": "cubic"}
 _DIMENSIONS = {"square": 2, "cubic": 3}
 
@@ -68,7 +69,10 @@ def split_unit(text: str) -> tuple[str, str]:
     if words[0] in _DIMENSIONS and len(words) > 1:
         power, words = str(_DIMENSIONS[words[0]]), words[1:]
     name = _singular(" ".join(words))
-    return match["body"].strip(), f"{name}^{power or 1}"
+    body = match["body"].strip()
+    if body.endswith(_CIRCLE) and name in {"c", "f"}:
+        return body.removesuffix(_CIRCLE).strip(), f"degree {name}^1"
+    return body, f"{name}^{power or 1}"
 
 
 def ratio_of_units(gold: str, answer: str) -> Fraction | None:
