@@ -20,8 +20,6 @@ OVERLAY_STAMP := $(OVERLAY)/.complete-triton-$(TRITON)
 # Twice quiet: errors alone.
 PIP := $(BIN)/python -m pip --quiet --quiet
 PYTEST := $(BIN)/pytest --durations=5 -m "not slow and not gpu"
-# What knows process groups and boxes of tensors but no Megatron model: alike under every version of it.
-NO_MEGATRON := $(addprefix --ignore=tests/parallel/test_,ranks.py collectives.py weights.py convert.py)
 STARTED_S := $(shell date +%s)
 
 # One thread a rank: the ranks of a test share the cores. Nothing calls home or looks for a hub.
@@ -113,7 +111,7 @@ test: $(STAMP) $(OVERLAY_STAMP)
 	stage "check" $(MAKE) --no-print-directory check
 	stage "unit" $(PYTEST) tests/unit
 	stage "parallel and parity" $(PYTEST) tests/parallel tests/parity
-	stage "parallel, Megatron-Core $(NEWER_MEGATRON)" env PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests/parallel $(NO_MEGATRON)
+	stage "parallel, Megatron-Core $(NEWER_MEGATRON)" env PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests/parallel
 	stage "vLLM, contracts and integration" $(PYTEST) tests/contracts tests/integration
 	printf '\n%s%-34s %6d s, installation included\n' "$$table" total $$(($$(date +%s) - $(STARTED_S)))
 	exit $$failed
