@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_oreal.config.errors import UserError
-from megatron_oreal.parallel.collectives import start_world, stop_world, world_rank
-from megatron_oreal.weights.convert import Rate, convert_to_megatron
+from megatron_oreal.weights.convert import convert_to_megatron, run_tool
 
 EPILOG = """
 The output holds one file for each of tensor x pipeline ranks, a manifest that says which box of
@@ -36,23 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor parallelism (1)")
     parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages (1)")
     options = parser.parse_args(arguments)
-    start_world()
-    rank = world_rank()
-    try:
-        convert_to_megatron(
-            options.source,
-            options.out,
-            tensor=options.tensor,
-            pipeline=options.pipeline,
-            rate=Rate(say=lambda line: print(f"[{rank}] {line}", flush=True)),
-        )
-    except UserError as error:
-        if rank == 0:
-            print(f"convert_hf_to_megatron: {error}", file=sys.stderr)
-        return 2
-    finally:
-        stop_world()
-    return 0
+    return run_tool(
+        "convert_hf_to_megatron",
+        lambda rate: convert_to_megatron(
+            options.source, options.out, tensor=options.tensor, pipeline=options.pipeline, rate=rate
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_oreal.config.errors import UserError
-from megatron_oreal.parallel.collectives import start_world, stop_world, world_rank
-from megatron_oreal.weights.convert import Rate, convert_to_hf
+from megatron_oreal.weights.convert import convert_to_hf, run_tool
 
 EPILOG = """
 The source is what convert_hf_to_megatron.py wrote, for any layout; its config.json and tokenizer
@@ -35,22 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shard-mib", type=int, default=4096, metavar="MiB", help="most in one file (4096)"
     )
     options = parser.parse_args(arguments)
-    start_world()
-    rank = world_rank()
-    try:
-        convert_to_hf(
-            options.source,
-            options.out,
-            shard_bytes=options.shard_mib * MIB,
-            rate=Rate(say=lambda line: print(f"[{rank}] {line}", flush=True)),
-        )
-    except UserError as error:
-        if rank == 0:
-            print(f"convert_megatron_to_hf: {error}", file=sys.stderr)
-        return 2
-    finally:
-        stop_world()
-    return 0
+    return run_tool(
+        "convert_megatron_to_hf",
+        lambda rate: convert_to_hf(
+            options.source, options.out, shard_bytes=options.shard_mib * MIB, rate=rate
+        ),
+    )
 
 
 if __name__ == "__main__":

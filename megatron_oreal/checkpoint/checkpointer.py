@@ -34,6 +34,7 @@ from megatron_oreal.parallel.collectives import (
     world_rank,
     world_size,
 )
+from megatron_oreal.weights.hf_io import write_json
 
 STATE = "state.json"
 
@@ -170,7 +171,7 @@ class Checkpointer:
     def _publish(self, state: RunState, shares: list[_Share]) -> None:
         files = {name: entry for share in shares for name, entry in share.files.items()}
         path = folders.partial_folder(self._root, state.iteration) / STATE
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
+        write_json(path, state)
         files[STATE] = folders.record(path)
         folders.publish(self._root, state.iteration, files)
         settings = self._config.checkpoint

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from megatron_oreal.weights.hf_io import sync_to_disk, write_json
+
 MANIFEST, FORMAT = "manifest.json", 1
 _NAME = re.compile(r"iteration_(\d{6,})")
 
@@ -88,14 +90,12 @@ def publish(root: Path, iteration: int, files: Mapping[str, FileRecord]) -> None
     for name, expected in files.items():
         if (folder / name).stat().st_size != expected.bytes:
             raise OSError(f"{folder / name} is not as long as it was written")
-    encoded = msgspec.json.encode(Manifest(FORMAT, dict(files)))
-    (folder / MANIFEST).write_bytes(msgspec.json.format(encoded, indent=1) + b"\n")
-    record(folder / MANIFEST)
-    _sync_names(folder)
+    write_json(folder / MANIFEST, Manifest(FORMAT, dict(files)))
+    sync_to_disk(folder)
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-    _sync_names(root)
+    sync_to_disk(root)
 
 
 def prune(root: Path, newest: int, keep_last: int, keep_every: int) -> None:
@@ -143,12 +143,3 @@ def audit(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
                 raise Damaged(f"{name} has changed since it was written")
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from error
-
-
-def _sync_names(folder: Path) -> None:
-    """Forces a folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

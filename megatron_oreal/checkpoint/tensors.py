@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import msgspec
 import torch
@@ -26,6 +26,7 @@ from megatron_oreal.engine.optimizer_state import OptimizerShard
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
 from megatron_oreal.weights.geometry import Box, Region, boxes_of_range
 from megatron_oreal.weights.plan import TensorSpec, owned_regions
+from megatron_oreal.weights.sharded import Piece, entry_of, read_box
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -124,27 +125,19 @@ class StoredModel:
         return whole
 
 
-class _Piece(NamedTuple):
-    """An entry of an open file."""
-
-    box: Box
-    file: Any
-    key: str
-
-
 class TensorFiles:
     """The tensors of one model in a checkpoint, opened lazily; a context manager."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._open = ExitStack()
-        self._pieces: defaultdict[tuple[str, str], list[_Piece]] = defaultdict(list)
+        self._pieces: defaultdict[tuple[str, str], list[Piece]] = defaultdict(list)
         with ExitStack() as on_failure:
             on_failure.enter_context(self._open)
             for path in files:
                 file = self._open.enter_context(safe_open(path, framework="pt"))
                 for key in file.keys():  # noqa: SIM118  no dict
                     state, tensor, box = _parse_entry(key, file.get_slice(key).get_shape())
-                    self._pieces[state, tensor].append(_Piece(box, file, key))
+                    self._pieces[state, tensor].append(Piece(box, file, key))
             on_failure.pop_all()
 
     def __enter__(self) -> Self:
@@ -161,19 +154,10 @@ class TensorFiles:
         Raises:
             ValueError: The files lack a part of it.
         """
-        values = torch.empty(box.shape)
-        origin = (0,) * len(box.shape)
-        read = 0
-        for piece in self._pieces[state, tensor]:
-            common = piece.box.intersect(box)
-            if common is None:
-                continue
-            part = piece.file.get_slice(piece.key)[common.moved(piece.box.start, origin).slices]
-            values[common.moved(box.start, origin).slices] = part
-            read += common.size
-        if read != box.size:
-            raise ValueError(f"{state} of {tensor}: the checkpoint has {read} of {box.size} values")
-        return values
+        try:
+            return read_box(self._pieces[state, tensor], box, torch.float32)
+        except ValueError as error:
+            raise ValueError(f"{state} of {tensor}: {error}") from error
 
 
 def _assemble(
@@ -186,7 +170,7 @@ def _assemble(
 
 
 def _entry(state: str, region: Region) -> str:
-    return f"{state}/{region.tensor}/{','.join(map(str, region.box.start))}"
+    return f"{state}/{entry_of(region.tensor, region.box.start)}"
 
 
 def _parse_entry(key: str, shape: Sequence[int]) -> tuple[str, str, Box]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,23 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config, ParallelConfig
 from megatron_oreal.config.validate import check_model
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import agree, barrier, world_rank, world_size
+from megatron_oreal.parallel.collectives import (
+    agree,
+    barrier,
+    start_world,
+    stop_world,
+    world_rank,
+    world_size,
+)
 from megatron_oreal.weights.cluster import MegatronLayout
 from megatron_oreal.weights.geometry import Box
 from megatron_oreal.weights.hf_io import (
     HfWriter,
     copy_side_files,
+    give_name,
+    open_partial,
+    partial_of,
+    refuse_existing,
     sync_to_disk,
     write_json,
 )
@@ -69,6 +81,24 @@ class Rate:
         self.say(f"{file}: {share:.0%} of {self.total / _MIB:,.1f} MiB, {speed:,.0f} MiB/s")
 
 
+def run_tool(name: str, convert: Callable[[Rate], None]) -> int:
+    """Joins the world, converts, leaves it, and returns the exit status of the program `name`.
+
+    A user's mistake is a line on rank 0 and status 2 on all ranks.
+    """
+    start_world()
+    rank = world_rank()
+    try:
+        convert(Rate(say=lambda line: print(f"[{rank}] {line}", flush=True)))  # noqa: T201  a tool
+    except UserError as error:
+        if rank == 0:
+            print(f"{name}: {error}", file=sys.stderr)  # noqa: T201  a tool
+        return 2
+    finally:
+        stop_world()
+    return 0
+
+
 def convert_to_megatron(
     source: str | Path, out: str | Path, *, tensor: int, pipeline: int, rate: Rate
 ) -> None:
@@ -79,7 +109,7 @@ def convert_to_megatron(
             cannot cut it, the output exists or the file system refuses.
     """
     out = Path(out)
-    partial = _partial_of(out)
+    partial = partial_of(out)
     with contextlib.ExitStack() as stack:
         with agree(), _as_user_error(out):
             family, dims = read_model(source)
@@ -87,9 +117,11 @@ def convert_to_megatron(
             specs = _audited(store, family, dims)
             parts = _cut(family, dims, specs, tensor, pipeline)
             if world_rank() == 0:
-                _make_partial(out, partial)
+                refuse_existing(out)
+                open_partial(out)
                 copy_side_files(source, partial)
-                _write_manifest(partial, Manifest(tensor, pipeline, _described(specs), parts))
+                manifest = Manifest(tensor, pipeline, _described(specs), parts)
+                write_json(partial / MANIFEST, manifest)
         mine = list(parts.items())[world_rank() :: world_size()]
         by_name = {spec.name: spec for spec in specs}
         rate.total = sum(_bytes_of(boxes, by_name) for _, boxes in mine)
@@ -101,7 +133,7 @@ def convert_to_megatron(
         if world_rank() == 0:
             with ShardedCheckpoint(partial) as written:
                 written.audit(family.tensors(dims))
-            _give_name(partial, out)
+            give_name(out)
     barrier()
 
 
@@ -192,28 +224,6 @@ def _bytes_of(boxes: Sequence[StoredBox], specs: Mapping[str, TensorSpec]) -> in
         * specs[box.tensor].dtype.itemsize
         for box in boxes
     )
-
-
-def _partial_of(out: Path) -> Path:
-    return out.parent / f".{out.name}.partial"
-
-
-def _make_partial(out: Path, partial: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out}: it exists already; remove it or name another folder")
-    if partial.exists():  # of a conversion that was interrupted
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-
-
-def _write_manifest(partial: Path, manifest: Manifest) -> None:
-    write_json(partial / MANIFEST, msgspec.to_builtins(manifest))
-
-
-def _give_name(partial: Path, out: Path) -> None:
-    sync_to_disk(partial)
-    partial.rename(out)
-    sync_to_disk(out.parent)
 
 
 @contextmanager

@@ -163,12 +163,9 @@ class HfWriter:
             OSError: The file system refuses.
         """
         self.folder = Path(folder)
-        if self.folder.exists():
-            raise UserError(
-                f"export to {folder}: it exists already; remove it or name another folder"
-            )
+        refuse_existing(self.folder)
         self._tensors = tensors
-        self.partial = self.folder.parent / f".{self.folder.name}.partial"
+        self.partial = partial_of(self.folder)
         self.shards = list(group_by_bytes(tensors, shard_bytes))
         self._names = _shard_names(len(self.shards))
         self._shard = 0
@@ -176,9 +173,7 @@ class HfWriter:
         config_json = read_config_json(source) | dict(config_changes or {})
         if not prepare:
             return
-        if self.partial.exists():  # of an export that was interrupted
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
+        open_partial(self.folder)
         copy_side_files(source, self.partial)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
@@ -229,9 +224,7 @@ class HfWriter:
             for spec in self._tensors:
                 if written.spec(spec.name) != spec:
                     raise ValueError(f"{spec.name} was written as {written.spec(spec.name)}")
-        sync_to_disk(self.partial)
-        self.partial.rename(self.folder)
-        sync_to_disk(self.folder.parent)
+        give_name(self.folder)
 
     def discard(self) -> None:
         """Removes what has been written so far; for an export that failed."""
@@ -273,7 +266,39 @@ def copy_side_files(source: str | Path, folder: Path) -> None:
             sync_to_disk(folder / name)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def partial_of(folder: Path) -> Path:
+    """Returns what a folder is called until it is whole."""
+    return folder.parent / f".{folder.name}.partial"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises `UserError` where the folder that is to be made is there."""
+    if folder.exists():
+        raise UserError(f"{folder}: it exists already; remove it or name another folder")
+
+
+def open_partial(folder: Path) -> None:
+    """Makes the empty folder that becomes `folder`, in place of what an interruption left.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    shutil.rmtree(partial_of(folder), ignore_errors=True)
+    partial_of(folder).mkdir(parents=True)
+
+
+def give_name(folder: Path) -> None:
+    """Gives a whole folder its name and forces both to the disk.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    sync_to_disk(partial_of(folder))
+    partial_of(folder).rename(folder)
+    sync_to_disk(folder.parent)
+
+
+def write_json(path: Path, content: dict[str, Any] | msgspec.Struct) -> None:
     """Writes an indented JSON file and forces it to the disk.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 import msgspec
 import torch
@@ -22,7 +22,7 @@ from megatron_oreal.weights.hf_io import HfCheckpoint
 from megatron_oreal.weights.plan import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 MANIFEST = "manifest.json"
 
@@ -44,7 +44,7 @@ class StoredBox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def entry(self) -> str:
         """Its name in the file."""
-        return f"{self.tensor}/{','.join(map(str, self.start))}"
+        return entry_of(self.tensor, self.start)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +55,38 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: dict[str, StoredTensor]
     files: dict[str, list[StoredBox]]
     version: Literal[1] = 1
+
+
+class Piece(NamedTuple):
+    """A box of a tensor as an entry of an open safetensors file."""
+
+    box: Box
+    file: Any
+    entry: str
+
+
+def entry_of(tensor: str, start: Sequence[int]) -> str:
+    """Returns the name of the entry that holds a tensor's box which begins there."""
+    return f"{tensor}/{','.join(map(str, start))}"
+
+
+def read_box(pieces: Iterable[Piece], box: Box, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the elements of one box, on the CPU, put together from disjoint pieces.
+
+    Raises:
+        ValueError: The pieces lack a part of it.
+    """
+    origin = (0,) * len(box.start)
+    values, read = torch.empty(box.shape, dtype=dtype), 0
+    for piece in pieces:
+        common = piece.box.intersect(box)
+        if common is not None:
+            part = piece.file.get_slice(piece.entry)[common.moved(piece.box.start, origin).slices]
+            values[common.moved(box.start, origin).slices] = part
+            read += common.size
+    if read != box.size:
+        raise ValueError(f"the files have {read} of {box.size} values")
+    return values
 
 
 class ShardedCheckpoint:
@@ -68,7 +100,7 @@ class ShardedCheckpoint:
         """Reads the manifest and opens every file that it names."""
         self.folder = Path(folder)
         self._open = ExitStack()
-        self._pieces: defaultdict[str, list[tuple[Box, Any, str]]] = defaultdict(list)
+        self._pieces: defaultdict[str, list[Piece]] = defaultdict(list)
         try:
             self.manifest = msgspec.json.decode(
                 (self.folder / MANIFEST).read_bytes(), type=Manifest
@@ -108,7 +140,7 @@ class ShardedCheckpoint:
             if stored[name].shape != shape:
                 self._refuse(f"{name} has shape {stored[name].shape}, config.json asks for {shape}")
             try:
-                check_cover(name, [box for box, _, _ in self._pieces[name]], Box.whole(shape))
+                check_cover(name, [piece.box for piece in self._pieces[name]], Box.whole(shape))
             except ValueError as error:
                 self._refuse(str(error))
 
@@ -119,14 +151,7 @@ class ShardedCheckpoint:
 
     def read(self, name: str, box: Box) -> torch.Tensor:
         """Reads the elements of one box, on the CPU, in the files' precision."""
-        origin = (0,) * len(box.start)
-        values = torch.empty(box.shape, dtype=self.spec(name).dtype)
-        for held, file, entry in self._pieces[name]:
-            common = held.intersect(box)
-            if common is not None:
-                part = file.get_slice(entry)[common.moved(held.start, origin).slices]
-                values[common.moved(box.start, origin).slices] = part
-        return values
+        return read_box(self._pieces[name], box, self.spec(name).dtype)
 
     def _open_file(self, name: str, boxes: list[StoredBox]) -> None:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
@@ -141,7 +166,7 @@ class ShardedCheckpoint:
                 self._refuse(f"{MANIFEST} names {stored.entry}, which is not in {name}")
             self._check_entry(name, stored, file.get_slice(stored.entry))
             box = Box(stored.start, stored.stop)
-            self._pieces[stored.tensor].append((box, file, stored.entry))
+            self._pieces[stored.tensor].append(Piece(box, file, stored.entry))
 
     def _check_entry(self, file: str, stored: StoredBox, lazy: Any) -> None:
         tensor = self.manifest.tensors[stored.tensor]
