@@ -124,14 +124,15 @@ class Family:
         row = self._by_megatron_name[_LAYER.sub("{i}", parameter)]
         return row, int(match.group()) if match else 0
 
-    def token_classifier(self) -> Family:
-        """Returns the family's `ForTokenClassification`: a scalar head in place of the output.
+    def token_classifier(self, dims: ModelDims) -> tuple[Family, ModelDims]:
+        """Returns the family's `ForTokenClassification`, and its dimensions.
 
-        To be used with dimensions that tie no embeddings: there is no output to tie.
+        It has a scalar head in place of the output, so that there is nothing to tie.
         """
         head = Row("replicated", ("output_layer.weight",), (HfTensor(SCORE, ("scores", "hidden")),))
         rows = [row for row in self.rows if row.hf[0].name != self.output]
-        return replace(self, rows=(*rows, head), output=SCORE)
+        family = replace(self, rows=(*rows, head), output=SCORE)
+        return family, replace(dims, tied_embeddings=False)
 
     @cached_property
     def _by_megatron_name(self) -> dict[str, Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,12 @@ from megatron_oreal.models.build import PackedGPT
 from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel import topology
-from megatron_oreal.parallel.collectives import agree, world_size
+from megatron_oreal.parallel.collectives import agree, world_rank, world_size
 from megatron_oreal.parallel.topology import Topology
 from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream
-from megatron_oreal.weights.geometry import Box, Region
 from megatron_oreal.weights.layout import MegatronPlace, megatron_regions
 
 MIB = 1 << 20
-SCALAR_HEAD = "output_layer.weight"  # of the token reward model: in no family's table
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,20 @@ class ModelSource:
 
     def stored(self, model: MegatronModel) -> StoredModel:
         """Says where a model's parameters lie in a checkpoint; not collective."""
-        local = {name: tuple(tensor.shape) for name, tensor in model.parameters().items()}
-        shapes, head = self.family.tensors(self.dims), []
+        family, dims = self.family, self.dims
         if not model.module.has_vocab_head:
-            shapes.pop(self.family.output, None)
-            shapes[SCALAR_HEAD] = (1, self.dims.hidden)
-            if local.pop(SCALAR_HEAD, None):
-                whole = Box.whole(shapes[SCALAR_HEAD])
-                head = [Region(SCALAR_HEAD, whole, SCALAR_HEAD, whole)]
-        regions = megatron_regions(self.family, self.dims, local, self.place)
-        return StoredModel(model, shapes, [*regions, *head])
+            family, dims = family.token_classifier(dims)
+        local = {name: tuple(tensor.shape) for name, tensor in model.parameters().items()}
+        regions = megatron_regions(family, dims, local, self.place)
+        return StoredModel(model, family.tensors(dims), regions)
 
-    def export(self, policy: Policy, folder: Path) -> None:
-        """Writes the policy as a Hugging Face folder; collective over the world."""
+    def export(self, policy: Policy, folder: Path, *, replace: bool) -> None:
+        """Writes the policy as a Hugging Face folder; collective over the world.
+
+        With `replace` one of that name goes first: a resumed run may have got further before.
+        """
+        if replace and world_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         export_hf(
             self.stream(policy, receivers=(0,)),
             folder,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from megatron_oreal.data.demonstrations import Demonstration, load_demonstration
 from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
 from megatron_oreal.engine.roles import Policy
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import agree, world_rank
+from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
@@ -78,9 +77,7 @@ class FineTuning:
     def export(self) -> None:
         """Writes the result and what there is to say of it; collective over the world."""
         folder = self.journal.folder.hf / "final"
-        if self.resumed and world_rank() == 0:  # it was written after the checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
-        self.source.export(self.policy, folder)
+        self.source.export(self.policy, folder, replace=self.resumed is not None)
         self.journal.summarise({"steps": len(self.batches), "hf": str(folder)})
         self.journal.say(f"Hugging Face checkpoint: {folder}")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from megatron_oreal.config.schema import Config
-from megatron_oreal.parallel.collectives import world_rank, world_size
+from megatron_oreal.parallel.collectives import world_size
 from megatron_oreal.trainer.evaluation import EvaluationResult
 from megatron_oreal.trainer.resume import stop_on_signal
 from megatron_oreal.trainer.setup import TrainingRun, training_run
@@ -78,9 +77,7 @@ def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
 def _export(run: TrainingRun, name: str) -> Path:
     folder = run.journal.folder.hf / name
     with run.journal.phase("export"):
-        if run.resumed and world_rank() == 0:  # it was written after the checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
-        run.source.export(run.loop.policy, folder)
+        run.source.export(run.loop.policy, folder, replace=run.resumed is not None)
     return folder
 
 

@@ -6,7 +6,6 @@ while it trains; ours does neither: the bias is written as zero and the dropout 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,14 +47,8 @@ def export_token_rm(
     Raises:
         UserError: On every rank: the folder exists, the source is no model, the disk refuses.
     """
-    stream = open_stream(
-        params,
-        family.token_classifier(),
-        replace(dims, tied_embeddings=False),
-        place,
-        round_bytes=round_bytes,
-        receivers=(0,),
-    )
+    family, dims = family.token_classifier(dims)
+    stream = open_stream(params, family, dims, place, round_bytes=round_bytes, receivers=(0,))
     dtype = next(iter(params.values())).dtype
     export_hf(
         stream,
