@@ -15,7 +15,6 @@ from megatron_oreal.doctor.report import Finding, Level
 
 IMPORT_TIMEOUT_S = 20.0
 _AREA = "packages"
-_LAST_LINE = -1
 
 # The versions that the project's own tests and measurements ran with: CPU stack, GPU stack.
 TESTED = {
@@ -124,4 +123,4 @@ def _import(name: str, program: str) -> Finding:
     if done.returncode == 0:
         return Finding(_AREA, label, Level.FINE, f"{time.monotonic() - started:.1f} s")
     lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    return Finding(_AREA, label, Level.MISSING, "fails", lines[_LAST_LINE])
+    return Finding(_AREA, label, Level.MISSING, "fails", lines[-1])

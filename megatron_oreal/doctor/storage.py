@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.doctor.report import Finding, Level
 from megatron_oreal.models.registry import read_model
+from megatron_oreal.planner.memory import checkpoint_bytes
 from megatron_oreal.planner.sizes import parameters
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 GIB, MIB = 1 << 30, 1 << 20
 PROBE_BYTES = 64 * MIB
 SLOW_MIB_PER_S = 200.0
-BYTES_SAVED = 12  # of one parameter in a checkpoint: weight and two moments, fp32
-BYTES_EXPORTED = 4  # at most
+BYTES_EXPORTED = 4  # of a parameter, at most
 _AREA = "storage"
 
 
@@ -90,9 +90,8 @@ def _space(config: Config, folder: Path) -> Finding:
         _, dims = read_model(config.model.path)
     except UserError:
         return Finding(_AREA, "space", Level.FINE, found)
-    trained = 1 if config.oreal.token_weights.kind == "none" else 2
     kept = config.checkpoint.keep_last + 1  # the oldest goes once a new one is whole
-    need = parameters(dims) * (BYTES_SAVED * trained * kept + BYTES_EXPORTED)
+    need = checkpoint_bytes(config, dims) * kept + BYTES_EXPORTED * parameters(dims)
     says = f"a run of it needs about {need / GIB:.0f} GiB"
     level = Level.FINE if free > need else Level.MISSING
     return Finding(_AREA, "space", level, found, says)

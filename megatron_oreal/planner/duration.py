@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from megatron_oreal.planner.memory import data_parallel, element_bytes, kv_bytes
+from megatron_oreal.planner.hardware import GPUS_PER_NODE
+from megatron_oreal.planner.memory import (
+    FP32,
+    checkpoint_bytes,
+    data_parallel,
+    element_bytes,
+    kv_bytes,
+)
 from megatron_oreal.planner.sizes import (
     Dims,
     engine_parameters,
     parameters,
-    query_rows,
     stage_parameters,
     vocabulary_parameters,
 )
@@ -28,7 +34,6 @@ if TYPE_CHECKING:
     from megatron_oreal.planner.hardware import Cluster, Gpu
 
 STEP = 3  # a forward and a backward pass cost three forward passes
-FP32 = 4
 GOLDEN = 0.618034  # its multiples, modulo 1, spread evenly and in no order
 
 
@@ -126,11 +131,11 @@ def plan_duration(
     )
 
 
-def _checkpoints(config: Config, dims: Dims) -> float:
-    """Bytes of all checkpoints of a run: weights and both moments of what is trained, in fp32."""
-    every, models = config.checkpoint.every, 1 if config.oreal.token_weights.kind == "none" else 2
+def _checkpoints(config: Config, dims: Dims) -> int:
+    """Bytes of all checkpoints of a run."""
+    every = config.checkpoint.every
     count = math.ceil(config.schedule.iterations / every) if every else 0
-    return count * models * 3 * FP32 * parameters(dims)
+    return count * checkpoint_bytes(config, dims)
 
 
 def response_lengths(count: int, config: Config, given: Assumptions) -> list[float]:
@@ -197,7 +202,7 @@ def _passes(
     a_batch = config.engine.tokens_per_micro_batch * given.packing_share
     batches = max(1, math.ceil(tokens / a_batch / data_parallel(config, cluster.ranks)))
     matrices = parameters(dims) - (0 if dims.tied_embeddings else vocabulary_parameters(dims))
-    a_token = 2 * matrices + 2 * query_rows(dims) * reach * dims.layers
+    a_token = 2 * matrices + 2 * dims.query_rows * reach * dims.layers
     share = layout.tensor * layout.pipeline * layout.context
     a_stage = a_token * a_batch / share / (cluster.gpu.flops * given.train_share)
     return (batches + layout.pipeline - 1) * a_stage
@@ -224,13 +229,12 @@ def _gradients(config: Config, dims: Dims, cluster: Cluster, given: Assumptions)
 def _sync(config: Config, dims: Dims, gpu: Gpu, given: Assumptions) -> float:
     """Seconds until every rank has seen every tensor whole and its engine has taken its part.
 
-    A node holds a stage or more and receives the rest once, over all its cards.
+    A node holds a stage or more and receives the rest once, over all its network cards.
     """
     nbytes = parameters(dims) * element_bytes(config)
     layout = config.parallel
-    cards = 8
-    stages = min(layout.pipeline, max(1, cards // layout.tensor))
+    stages = min(layout.pipeline, max(1, GPUS_PER_NODE // layout.tensor))
     lacking = nbytes * (1 - stages / layout.pipeline)
-    across = lacking / (cards * gpu.network * given.network_share)
+    across = lacking / (GPUS_PER_NODE * gpu.network * given.network_share)
     within = nbytes / (gpu.link * given.network_share)
     return across + within + nbytes / (gpu.bandwidth * given.decode_share)

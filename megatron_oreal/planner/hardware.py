@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 1 << 30
+GPUS_PER_NODE = 8
 _TERA = 1e12
 _GIGA = 1e9
 

@@ -15,9 +15,8 @@ from megatron_oreal.planner.sizes import (
     Dims,
     Head,
     engine_parameters,
-    kv_rows,
     layer_parameters,
-    query_rows,
+    parameters,
     stage_parameters,
     vocabulary_parameters,
 )
@@ -92,6 +91,16 @@ def data_parallel(config: Config, ranks: int) -> int:
     return ranks // (layout.tensor * layout.pipeline * layout.context)
 
 
+def trained_models(config: Config) -> int:
+    """How many models have an optimizer: the policy, and the token_rm where there is one."""
+    return 1 if config.oreal.token_weights.kind == "none" else 2
+
+
+def checkpoint_bytes(config: Config, dims: Dims) -> int:
+    """Bytes of one checkpoint: weights and both moments of what is trained, in fp32."""
+    return trained_models(config) * (FP32 + MOMENTS) * parameters(dims)
+
+
 def kv_bytes(config: Config, dims: Dims) -> int:
     """Bytes that one token takes in the cache of one rank of an engine."""
     rows = math.ceil(dims.kv_heads / config.rollout.tensor_parallel) * dims.head_dim
@@ -149,7 +158,7 @@ def _layer_activations(config: Config, dims: Dims) -> int:
     """
     layout = config.parallel
     shared = layout.tensor if layout.sequence_parallel else 1
-    cut = 2 * query_rows(dims) + 2 * kv_rows(dims) + 4 * dims.ffn
+    cut = 2 * dims.query_rows + 2 * dims.kv_rows + 4 * dims.ffn
     a_token = 4 * dims.hidden / shared + cut / layout.tensor
     tokens = config.engine.tokens_per_micro_batch / layout.context
     return math.ceil(a_token * tokens * element_bytes(config))

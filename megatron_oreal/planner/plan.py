@@ -15,7 +15,7 @@ from megatron_oreal.planner.duration import (
     assumptions_for,
     plan_duration,
 )
-from megatron_oreal.planner.hardware import GIB
+from megatron_oreal.planner.hardware import GIB, GPUS_PER_NODE
 from megatron_oreal.planner.memory import Memory, plan_memory
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _is_valid(config: Config, dims: Dims, ranks: int) -> bool:
 
 def _layouts(config: Config, ranks: int) -> Iterator[Config]:
     degrees = [2**i for i in range(ranks.bit_length())]
-    in_node = [degree for degree in degrees if degree <= 8]  # noqa: PLR2004  GPUs of a node
+    in_node = [degree for degree in degrees if degree <= GPUS_PER_NODE]
     shares = sorted({*SHARES, config.rollout.gpu_memory_utilization})
     for tensor in in_node:
         for pipeline in degrees:

@@ -31,22 +31,16 @@ class Dims(Protocol):
     def qkv_bias(self) -> bool: ...  # noqa: D102
     @property
     def qk_norm(self) -> bool: ...  # noqa: D102
-
-
-def query_rows(dims: Dims) -> int:
-    """Rows of the query projection."""
-    return dims.heads * dims.head_dim
-
-
-def kv_rows(dims: Dims) -> int:
-    """Rows of the key projection, and of the value projection."""
-    return dims.kv_heads * dims.head_dim
+    @property
+    def query_rows(self) -> int: ...  # noqa: D102
+    @property
+    def kv_rows(self) -> int: ...  # noqa: D102
 
 
 def layer_parameters(dims: Dims, tensor: int = 1, kv_copies: int = 1) -> int:
     """Parameters of a layer on one of `tensor` ranks, key-value heads held so many times over."""
-    rows = query_rows(dims) + 2 * kv_rows(dims) * kv_copies
-    matrices = rows * dims.hidden + query_rows(dims) * dims.hidden + 3 * dims.ffn * dims.hidden
+    rows = dims.query_rows + 2 * dims.kv_rows * kv_copies
+    matrices = rows * dims.hidden + dims.query_rows * dims.hidden + 3 * dims.ffn * dims.hidden
     bias = rows if dims.qkv_bias else 0
     norms = 2 * dims.hidden + (2 * dims.head_dim if dims.qk_norm else 0)
     return math.ceil((matrices + bias) / tensor) + norms
