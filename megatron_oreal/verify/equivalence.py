@@ -59,9 +59,7 @@ def compare(pair: Pair, tolerance: float = 0.0) -> Comparison:
         tolerance: relative difference allowed between numbers of which one is a decimal.
     """
     for whose, text in (("gold answer", pair.gold), ("answer", pair.answer)):
-        hidden = hidden_character(
-            text.replace("\u200b", "").replace("\u2060", "").replace("\ufeff", "")
-        )
+        hidden = hidden_character(text)
         if hidden:
             return Comparison(Outcome.UNVERIFIED, f"the {whose} holds the character {hidden}")
     gold, answer = clean(pair.gold), clean(pair.answer)

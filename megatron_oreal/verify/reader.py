@@ -71,7 +71,7 @@ def read(latex: str) -> Any:
         tree = reader.parse(normal)
     except (RefusedError, UnreadableError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # the grammar's own are plain `Exception`s, and sympy's are many
         raise UnreadableError("it could not be read") from error
     if not isinstance(tree, sympy.Basic | sympy.MatrixBase):
         raise UnreadableError("it is more than one expression")

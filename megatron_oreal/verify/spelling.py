@@ -104,9 +104,13 @@ _LOOSE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 
 
 def hidden_character(text: str) -> str | None:
-    """Returns the name of the first control, formatting or surrogate character; None if none."""
+    """Returns the name of the first control, formatting or surrogate character; None if none.
+
+    Those that `clean` takes away, since they change nothing of what is read, do not count.
+    """
     for char in text:
-        if unicodedata.category(char) in {"Cc", "Cf", "Cs"} and char not in "\n\t\r":
+        harmless = char in "\n\t\r" or _SIGNS.get(char) == ""
+        if unicodedata.category(char) in {"Cc", "Cf", "Cs"} and not harmless:
             return f"U+{ord(char):04X}"
     return None
 

@@ -15,7 +15,8 @@ _TABLE = {  # unit: (kind, how many of the kind's base unit)
     "imperial length": {"in": "1", "inch": "1", "inche": "1", "ft": "12", "foot": "12",
                         "feet": "12", "yd": "36", "yard": "36", "mi": "63360", "mile": "63360"},
     "mass": {"g": "1", "gram": "1", "kg": "1000", "kilogram": "1000", "mg": "1/1000",
-             "lb": "pound", "pound": "pound", "ton": "1000000"},
+             "ton": "1000000"},
+    "imperial mass": {"lb": "1", "pound": "1"},
     "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "h": "3600",
              "hr": "3600", "hour": "3600", "day": "86400", "week": "604800"},
     "years": {"year": "12", "yr": "12", "month": "1"},
@@ -31,7 +32,6 @@ _UNITS = {
     unit: (kind, Fraction(factor))
     for kind, factors in _TABLE.items()
     for unit, factor in factors.items()
-    if factor != "pound"
 }
 _WORDS = "|".join(sorted((re.escape(u) for u in _UNITS if len(u) > 1), key=len, reverse=True))
 _POWER = r"(?:\s*\^\s*\{?\s*(?P<power>[23])\s*\}?)?"
