@@ -183,14 +183,16 @@ def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         metavar="N",
         help="length of a response on average (a third of sampling.max_new_tokens)",
     )
-    weights = _plan_subject(subjects, "weights", "plan what it takes to send engines their parts of new weights")
+    weights = _plan_subject(
+        subjects, "weights", "plan what it takes to send engines their parts of new weights"
+    )
     weights.add_argument(
         "--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (8)"
     )
     weights.add_argument(
         "--whole-tensors",
         action="store_true",
-        help="every rank gets every tensor whole and cuts its part out, as in a run's own sync so far",
+        help="every rank gets every tensor whole and cuts its part out, as a run does so far",
     )
 
 
