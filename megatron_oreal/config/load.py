@@ -74,7 +74,8 @@ def load_config(
 
 def resolve_config_yaml(config: Config) -> str:
     """Returns the whole config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    # Not PyYAML's own writer, which leaves `0E0` bare, a number to the reader.
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(config))))
 
 
 def config_keys(section: type = Config, prefix: str = "") -> dict[str, Any]:

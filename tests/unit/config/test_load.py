@@ -171,8 +171,10 @@ def test_the_resolved_config_reads_back_equal(prompt: str, rate: float) -> None:
     assert reload(config) == config
 
 
-@pytest.mark.parametrize("prompt", ["${run.name}", r"\${a}", r"\\${a}", "$${", "${", "a: b"])
-def test_text_that_looks_like_a_reference_reads_back_equal(prompt: str) -> None:
+@pytest.mark.parametrize(
+    "prompt", ["${run.name}", r"\${a}", r"\\${a}", "$${", "${", "a: b", "0E0", "1e3", "null", "yes"]
+)
+def test_text_that_looks_like_something_else_reads_back_equal(prompt: str) -> None:
     config = replace(load_config([], PATHS), data=DataConfig(path="d", system_prompt=prompt))
     assert reload(config) == config
 
