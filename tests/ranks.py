@@ -184,3 +184,4 @@ def _forget_models() -> None:
         if isinstance(found, MegatronOptimizer):
             vars(found).clear()
     gc.collect()
+    gc.freeze()  # what is left are modules: looking through them again would take most of a call
