@@ -10,9 +10,9 @@ token t of a response with reward r and advantage A, weight w:
     kl, either:        k(logp, reference logp) / (N+ + N-)            x kl_coefficient
 
 The sign of the reward alone decides the term, also under `selection: all`, where a trivial
-question brings trajectories of zero advantage: they count in N+, N- and the KL term, and are
-cloned only without `positive_times_advantage`. A token with reward 0 is padding and has no loss. A
-side without a token has no loss either.
+question brings trajectories of zero advantage (unless `shaping: none`): they count in N+, N- and
+the KL term, and are cloned only without `positive_times_advantage`. A token with reward 0 is
+padding and has no loss. A side without a token has no loss either.
 
 Departures from the paper:
 

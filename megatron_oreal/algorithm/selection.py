@@ -25,9 +25,9 @@ def select(
 
     - `pairs`: of each question with 0 < p < 1, one correct and one incorrect answer.
     - `all_nontrivial`: every verified answer of those questions.
-    - `all`: every verified answer of every question, trivial ones too. Their advantages are zero,
-      so they count in N+ and N- and in the KL term, and enter the positive term only without
-      `positive_times_advantage`.
+    - `all`: every verified answer of every question, trivial ones too. Unless `shaping: none`,
+      their advantages are zero, so they count in N+ and N- and in the KL term, and enter the
+      positive term only without `positive_times_advantage`.
 
     The sign of a trajectory's reward decides its term of the objective. Unverified answers are
     never trained on.

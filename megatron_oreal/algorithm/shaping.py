@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_oreal.types import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from megatron_oreal.config.schema import OrealConfig
     from megatron_oreal.types import RolloutGroup
@@ -62,7 +62,7 @@ def shape_rewards(groups: Sequence[RolloutGroup], cfg: OrealConfig) -> list[Roll
     Rewards are +1 correct, -1 incorrect, None unverified. `pass_rate` is the share of correct
     answers among the verified ones, None without any. Advantages are taken over the verified
     answers of a group alone; a group with fewer than two of them has nothing to compare and gets
-    zeros.
+    zeros, unless `shaping: none` compares nothing and takes the bare reward.
 
     Raises:
         ValueError: a group without one verdict a rollout.
@@ -88,12 +88,23 @@ def grpo_advantages(rewards: Sequence[float]) -> list[float]:
     return [(reward - mean) / scale for reward in rewards]
 
 
+def bare_advantages(rewards: Sequence[float]) -> list[float]:
+    """Returns A_i = r_i, `[K]`: the rewards of plain REINFORCE, with no baseline."""
+    return list(rewards)
+
+
+ADVANTAGES: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "rloo": rloo_advantages,
+    "grpo": grpo_advantages,
+    "none": bare_advantages,
+}
+
+
 def _shape_group(group: RolloutGroup, cfg: OrealConfig) -> RolloutGroup:
     _require_verdicts(group)
     rewards = tuple(REWARDS[verdict.outcome] for verdict in group.verdicts)
     verified = [reward for reward in rewards if reward is not None]
-    shape = rloo_advantages if cfg.shaping == "rloo" else grpo_advantages
-    shaped = iter(shape(verified))
+    shaped = iter(ADVANTAGES[cfg.shaping](verified))
     advantages = tuple(None if reward is None else next(shaped) for reward in rewards)
     pass_rate = sum(reward > 0 for reward in verified) / len(verified) if verified else None
     return replace(group, rewards=rewards, advantages=advantages, pass_rate=pass_rate)

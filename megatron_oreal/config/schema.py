@@ -198,7 +198,7 @@ class TokenWeightsConfig:
 class OrealConfig:
     """The objective, Eq. 11 and Eq. 12 of arXiv:2502.06781, and every switch around it."""
 
-    shaping: Literal["rloo", "grpo"] = "rloo"
+    shaping: Literal["rloo", "grpo", "none"] = "rloo"
     selection: Literal["pairs", "all_nontrivial", "all"] = "pairs"
     token_score: Literal["before", "at"] = "before"
     token_weights: TokenWeightsConfig = field(default_factory=TokenWeightsConfig)

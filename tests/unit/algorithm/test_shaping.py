@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_oreal.algorithm.shaping import (
+    bare_advantages,
     drop_unverified,
     grpo_advantages,
     rloo_advantages,
@@ -17,6 +18,7 @@ from megatron_oreal.types import Outcome
 from tests.unit.algorithm.groups import make_group
 
 RLOO, GRPO = OrealConfig(shaping="rloo"), OrealConfig(shaping="grpo")
+NONE = OrealConfig(shaping="none")
 
 
 def test_rloo_by_hand():
@@ -35,6 +37,13 @@ def test_trivial_groups_have_zero_advantages(cfg):
     right, wrong = shape_rewards([make_group("+++"), make_group("---")], cfg)
     assert right.advantages == wrong.advantages == (0, 0, 0)
     assert (right.pass_rate, wrong.pass_rate) == (1, 0)
+
+
+def test_without_shaping_the_reward_is_the_advantage_of_trivial_and_lonely_answers_too():
+    assert bare_advantages([1, -1, -1]) == [1, -1, -1]
+    groups = shape_rewards([make_group("+-?-"), make_group("++"), make_group("?-")], NONE)
+    assert [g.advantages for g in groups] == [(1, -1, None, -1), (1, 1), (None, -1)]
+    assert groups[0].pass_rate == pytest.approx(1 / 3)
 
 
 def test_unverified_answers_leave_the_statistics():
