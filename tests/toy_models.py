@@ -135,6 +135,7 @@ def make_config(
         parallel=ParallelConfig(
             tensor=here.tp_size,
             pipeline=here.pp_size,
+            context=here.cp_size,
             sequence_parallel=sequence_parallel,
             distributed_optimizer=distributed_optimizer,
         ),
@@ -147,7 +148,7 @@ def make_config(
 
 def pack(trajectories: list[Trajectory], tokens_per_micro_batch: int = ROOMY) -> PackedBatch:
     """Packs for the data-parallel ranks that there are."""
-    return Packer(topology.current().dp_size, tokens_per_micro_batch).pack(trajectories)
+    return Packer.for_layout(topology.current(), tokens_per_micro_batch).pack(trajectories)
 
 
 def open_models(config: Config) -> ModelSource:

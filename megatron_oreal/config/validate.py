@@ -45,8 +45,6 @@ def check_layout(config: Config, world_size: int) -> None:
             f"Invalid parallel dims: {shown} does not divide WORLD_SIZE({world_size}): "
             f"change parallel.* or start a multiple of {prod(degrees.values())} ranks"
         )
-    fix = "context parallelism is not there yet; set it to 1"
-    require(layout.context == 1, "parallel.context", layout.context, fix)
     check_engines(config, world_size)
 
 

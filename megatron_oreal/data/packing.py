@@ -18,7 +18,12 @@ Bins = list[list[int]]
 
 
 def pack(
-    lengths: Sequence[int], data_ranks: int, tokens_per_micro_batch: int
+    lengths: Sequence[int],
+    data_ranks: int,
+    tokens_per_micro_batch: int,
+    *,
+    sequence_multiple: int = 1,
+    micro_batch_multiple: int = 1,
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Returns `[data_rank][micro_batch]` -> indices into `lengths`, each index exactly once.
 
@@ -28,9 +33,12 @@ def pack(
     m-th ones of all ranks are alike.
 
     Args:
-        lengths: Tokens of each sequence, at least 1; any padding of a sequence included.
+        lengths: Tokens of each sequence, at least 1.
         data_ranks: Data-parallel ranks.
-        tokens_per_micro_batch: The budget, never exceeded.
+        tokens_per_micro_batch: The budget, never exceeded but for being rounded up to the multiple
+            of a sequence; padding counts.
+        sequence_multiple: What each sequence is padded to a multiple of.
+        micro_batch_multiple: What a rank's number of micro-batches is a multiple of.
 
     Raises:
         UserError: A sequence alone is longer than the budget.
@@ -41,14 +49,19 @@ def pack(
             f"engine.tokens_per_micro_batch={tokens_per_micro_batch} does not hold a sequence of"
             f" {longest} tokens: raise it to {longest} or more, or lower sampling.max_total_tokens"
         )
+    capacity = _round_up(tokens_per_micro_batch, sequence_multiple)
+    lengths = [_round_up(length, sequence_multiple) for length in lengths]
     descending = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    per_rank = max(1, -(-sum(lengths) // (tokens_per_micro_batch * data_ranks)))
+    fewest = -(-sum(lengths) // (capacity * data_ranks))
+    per_rank = _round_up(max(1, fewest), micro_batch_multiple)
     # Ends: with a micro-batch for each sequence the cheapest is an empty one, and has room.
-    while (
-        bins := _fill(descending, lengths, per_rank * data_ranks, tokens_per_micro_batch)
-    ) is None:
-        per_rank += 1
+    while (bins := _fill(descending, lengths, per_rank * data_ranks, capacity)) is None:
+        per_rank += micro_batch_multiple
     return _deal(bins, [sum(_cost(lengths[i]) for i in indices) for indices in bins], data_ranks)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _cost(length: int) -> float:

@@ -33,10 +33,21 @@ from megatron_oreal.types import PackedBatch
 
 
 class HeadResult(NamedTuple):
-    """A head's summed loss of a micro-batch, and named `[n]` values, one a response token."""
+    """A head's loss of a micro-batch, and named `[n]` values, one a response token it scores.
+
+    Over the ranks of a context-parallel group the losses add up.
+    """
 
     loss: torch.Tensor
     per_token: Mapping[str, torch.Tensor]
+
+
+class _Record(NamedTuple):
+    """What is kept of a micro-batch; `slots` `[n]` count the response tokens of the batch."""
+
+    loss: torch.Tensor
+    per_token: Mapping[str, torch.Tensor]
+    slots: torch.Tensor
 
 
 class Head(Protocol):
@@ -132,8 +143,8 @@ class MegatronModel:
         Collective over the world.
         """
         with torch.no_grad():
-            results = self._run(batch, head, forward_only=True)
-        return self._spread(batch, head.names, results)
+            records = self._run(batch, head, forward_only=True)
+        return self._spread(batch, head.names, records)
 
     def step(self, batch: PackedBatch, head: Head, learning_rate: float) -> StepResult:
         """Runs the batch forward and backward and updates the weights once.
@@ -147,25 +158,26 @@ class MegatronModel:
         with cuda_on_cpu():
             self._wrapped.zero_grad_buffer()
             self._optimizer.zero_grad()
-        results = self._run(batch, head, forward_only=False)
+        records = self._run(batch, head, forward_only=False)
         with cuda_on_cpu():
             grad_norm = update(self._optimizer)
-        loss = sum((result.loss.cpu() for result in results), start=torch.zeros(()))
+        loss = sum((record.loss.cpu() for record in records), start=torch.zeros(()))
         if not self.topology.reports_scores:
             loss = torch.zeros(())
         return StepResult(
-            self._spread(batch, head.names, results),
+            self._spread(batch, head.names, records),
             float(all_reduce_sum(loss.float())),
             grad_norm,
         )
 
-    def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[HeadResult]:
+    def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[_Record]:
         """Sends this data-parallel rank's micro-batches through the pipeline.
 
-        Collective over the ranks of one pipeline; results come on its last stage, in order.
+        Collective over the ranks that share the model; records come on its last stage.
         """
+        cut = self.topology.cut
         micro_batches = [
-            lay_out(batch, m, multiple=self.topology.tp_size, score_position=head.score_position)
+            lay_out(batch, m, cut, score_position=head.score_position)
             for m in batch.micro_batches[self.topology.dp_rank]
         ]
         with cuda_on_cpu():
@@ -174,13 +186,14 @@ class MegatronModel:
                 data_iterator=iter(micro_batches),
                 model=[self._wrapped],
                 num_microbatches=len(micro_batches),
-                seq_length=max(len(m.tokens) for m in micro_batches),
+                # Megatron divides it by the context-parallel size.
+                seq_length=max(len(m.tokens) for m in micro_batches) * cut.cp_size,
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
 
     def _spread(
-        self, batch: PackedBatch, names: Sequence[str], results: Sequence[HeadResult]
+        self, batch: PackedBatch, names: Sequence[str], records: Sequence[_Record]
     ) -> dict[str, list[torch.Tensor]]:
         """Hands every rank the per-token values of every trajectory.
 
@@ -188,30 +201,27 @@ class MegatronModel:
         sum is exact.
         """
         lengths = [trajectory.response_length for trajectory in batch.trajectories]
-        order = [i for m in batch.micro_batches[self.topology.dp_rank] for i in m]
         spread: dict[str, list[torch.Tensor]] = {}
         for name in names:
-            mine = [torch.zeros(length) for length in lengths]
+            values = torch.zeros(sum(lengths))
             if self.topology.reports_scores:
-                values = torch.cat([result.per_token[name].float().cpu() for result in results])
-                for i, part in zip(order, values.split([lengths[i] for i in order]), strict=True):
-                    mine[i] = part
-            total = all_reduce_sum(torch.cat(mine))
-            spread[name] = list(total.split(lengths))
+                for record in records:
+                    values[record.slots] = record.per_token[name].float().cpu()
+            spread[name] = list(all_reduce_sum(values).split(lengths))
         return spread
 
 
 def _forward_step(
     micro_batches: Iterator[MicroBatch], model: Any, head: Head
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, HeadResult]]]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, _Record]]]:
     """Returns this stage's hidden states, and what the last stage makes of them."""
     micro_batch = next(micro_batches)
     hidden = model(**PackedGPT.packed_inputs(micro_batch.tokens, micro_batch.packed))
 
-    def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, HeadResult]:
+    def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Record]:
         result = head(hidden, micro_batch)
         # Megatron frees the tensor it gets once it has no more use for its value.
-        record = result._replace(loss=result.loss.detach())
+        record = _Record(result.loss.detach(), result.per_token, micro_batch.slots)
         # No tokens are counted: the objective divides, Megatron adds up micro-batches and ranks.
         return result.loss, torch.tensor(0, dtype=torch.int), record
 

@@ -85,7 +85,7 @@ class TokenRewardModel:
         self.model = MegatronModel(
             dims, config, topology, head="scalar", load=load, optimizer=config.token_rm_optimizer
         )
-        self._head = TokenScoreHead(self.model.module, config.oreal.token_score)
+        self._head = TokenScoreHead(self.model.module, topology, config.oreal.token_score)
 
     def scores(self, batch: PackedBatch) -> list[torch.Tensor]:
         """Scores every response token forward only; collective over the world."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_oreal.parallel.context import SequenceCut
 from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
 
 
@@ -22,9 +23,11 @@ class Topology:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
     cp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -38,8 +41,13 @@ class Topology:
 
     @property
     def reports_scores(self) -> bool:
-        """Whether this rank hands out the per-token results of its data-parallel rank."""
+        """Whether this rank hands out the per-token results of the tokens it holds."""
         return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def cut(self) -> SequenceCut:
+        """Which tokens of a packed batch this rank holds."""
+        return SequenceCut(self.tp_size, self.cp_size, self.cp_rank)
 
 
 def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 1) -> Topology:
@@ -70,9 +78,11 @@ def current() -> Topology:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
         tp_group=cast("dist.ProcessGroup", parallel_state.get_tensor_model_parallel_group()),
         pp_group=cast("dist.ProcessGroup", parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=cast("dist.ProcessGroup", parallel_state.get_context_parallel_group()),
     )
 
 

@@ -174,7 +174,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             prompts=prompts,
             rollouts=engine,
             verifier=verifier,
-            packer=Packer(source.topology.dp_size, config.engine.tokens_per_micro_batch),
+            packer=Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch),
             policy=policy,
             reference=reference,
             token_rm=token_rm,

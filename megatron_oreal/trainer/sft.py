@@ -98,7 +98,7 @@ def fine_tune(config: Config) -> bool:
             warmup_iterations=min(config.sft.warmup_steps, last),
             freeze_iterations=0,
         )
-        packer = Packer(run.source.topology.dp_size, config.engine.tokens_per_micro_batch)
+        packer = Packer.for_layout(run.source.topology, config.engine.tokens_per_micro_batch)
         if config.checkpoint.every and not run.resumed:
             run.save(0)
         for number in range(run.resumed.state.iteration if run.resumed else 0, last):

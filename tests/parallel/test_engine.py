@@ -44,6 +44,7 @@ class Case(NamedTuple):
     size: int
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     budget: int = ROOMY
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
@@ -56,12 +57,17 @@ CASES = {
     "one rank, micro-batches": Case(1, budget=TIGHT),
     "tp2": Case(2, tp=2),
     "tp2, no sequence parallelism": Case(2, tp=2, sequence_parallel=False),
-    "tp2, plain optimizer, micro-batches": Case(2, 2, budget=TIGHT, distributed_optimizer=False),
+    "tp2, plain optimizer, micro-batches": Case(2, tp=2, budget=TIGHT, distributed_optimizer=False),
     "pp2": Case(2, pp=2),
     "pp2, micro-batches": Case(2, pp=2, budget=TIGHT),
     "dp2": Case(2),
     "dp2, plain optimizer": Case(2, distributed_optimizer=False),
     "dp2, micro-batches": Case(2, budget=TIGHT),
+    "cp2": Case(2, cp=2),
+    "cp2, plain optimizer, micro-batches": Case(2, cp=2, budget=TIGHT, distributed_optimizer=False),
+    "tp2 cp2": Case(4, tp=2, cp=2, budget=TIGHT),
+    "pp2 cp2": Case(4, pp=2, cp=2, budget=TIGHT),
+    "cp2 dp2, one trajectory": Case(4, cp=2, trajectories=1),
     "tp2 pp2": Case(4, tp=2, pp=2, budget=TIGHT),
     "tp2 pp2, no sequence parallelism": Case(4, tp=2, pp=2, sequence_parallel=False),
     "tp2 dp2": Case(4, tp=2, budget=TIGHT),
@@ -140,7 +146,9 @@ class Runs:
     def __call__(self, case: Case) -> list[Run]:
         if case not in self._done:
             pool = self._ranks(case.size)
-            self._done[case] = pool.run(two_steps, self.folder, case, tp=case.tp, pp=case.pp)
+            self._done[case] = pool.run(
+                two_steps, self.folder, case, tp=case.tp, pp=case.pp, cp=case.cp
+            )
         return self._done[case]
 
     def plain(self, case: Case) -> Run:

@@ -79,11 +79,6 @@ def test_layout_that_does_not_divide_the_world() -> None:
     )
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^parallel\.context=2: context parallelism is not there"):
-        check_layout(config("parallel.context=2"), world_size=2)
-
-
 def test_engine_that_does_not_divide_the_world() -> None:
     with pytest.raises(UserError, match=r"^rollout\.tensor_parallel=4: does not divide WORLD_SIZE"):
         check_layout(config("rollout.tensor_parallel=4"), world_size=2)

@@ -50,6 +50,21 @@ def test_too_long_for_the_budget() -> None:
         pack([1, 9], 2, 8)
 
 
+def test_padding_of_a_sequence_counts():
+    # 3 and 5 are padded to 4 and 8: together more than 8, though not bare.
+    assert pack([3, 5], 1, 8) == (((0, 1),),)
+    assert pack([3, 5], 1, 8, sequence_multiple=4) == (((1,), (0,)),)
+
+
+def test_a_sequence_as_long_as_the_budget_may_be_padded_beyond_it():
+    assert pack([7], 1, 7, sequence_multiple=4) == (((0,),),)
+
+
+def test_the_number_of_micro_batches_is_a_multiple():
+    assert pack([5, 3], 1, 8, micro_batch_multiple=2) == (((0,), (1,)),)
+    assert pack([5], 1, 8, micro_batch_multiple=2) == (((0,), ()),)
+
+
 @given(
     lengths=st.lists(st.integers(1, 100), max_size=60),
     ranks=st.integers(1, 9),
