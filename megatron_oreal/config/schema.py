@@ -113,6 +113,8 @@ class RolloutConfig:
     enforce_eager: bool = False
     max_mean_logprob_difference: float = 0.1
     sync_round_mib: int = 256
+    record: bool = True
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""

@@ -22,6 +22,7 @@ def check_sections(config: Config) -> None:
     _check_groups(config)
     _check_schedule(config)
     _check_evaluation(config)
+    _check_replay(config)
     verifier = config.verifier
     require(
         verifier.wall_deadline_s >= verifier.cpu_deadline_s,
@@ -150,4 +151,15 @@ def _check_evaluation(config: Config) -> None:
         "evaluation.pass_at",
         list(evaluation.pass_at),
         f"pass@k needs k samples; set k to evaluation.samples_per_question ({most}) or below",
+    )
+
+
+def _check_replay(config: Config) -> None:
+    evaluation, replay = config.evaluation, config.rollout.replay
+    wanted = evaluation.every > 0 or evaluation.at_start or evaluation.at_end
+    require(
+        replay is None or not wanted,
+        "rollout.replay",
+        replay,
+        "starts no engine to evaluate with; set evaluation.every=0, at_start and at_end to false",
     )

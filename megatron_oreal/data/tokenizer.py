@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -46,6 +47,12 @@ def stop_token_id(tokenizer: PreTrainedTokenizerBase, stop_token: str | None) ->
             f" tokens, such as {', '.join(tokenizer.all_special_tokens[:5]) or 'its end token'}"
         )
     return found
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a digest of every token and its id: token ids mean the same where it is the same."""
+    entries = sorted(tokenizer.get_vocab().items())
+    return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
 
 
 def render_prompt(

@@ -10,17 +10,31 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.monitor.metrics import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, even if the machine fails; UTF-8."""
+    atomic_write(path, (text.encode(),))
+
+
+def atomic_write(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a file from its parts; it is there whole or not at all, even if the machine fails.
+
+    Raises:
+        OSError: The file system refuses; nothing is left of the new file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)  # the new name lasts only once its folder does
     try:
         os.fsync(folder)
@@ -50,6 +64,11 @@ class RunFolder:
         return self.root / "rollouts"
 
     @property
+    def recorded(self) -> Path:
+        """Judged groups, one file an iteration, to be trained on again."""
+        return self.root / "recorded"
+
+    @property
     def checkpoints(self) -> Path:
         """What a run resumes from, one folder a checkpoint."""
         return self.root / "checkpoints"
@@ -74,7 +93,7 @@ class RunFolder:
         if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise UserError(f"run.folder={self.root}: holds a run already; name another folder")
         try:
-            for folder in (self.rollouts, self.checkpoints, self.hf):
+            for folder in (self.rollouts, self.recorded, self.checkpoints, self.hf):
                 folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.config, config_yaml)
         except OSError as error:

@@ -83,12 +83,15 @@ class Journal:
         """Adds metrics to the iteration that is under way."""
         self._metrics |= metrics
 
-    def groups(self, groups: Sequence[RolloutGroup]) -> None:
-        """Records what was sampled, how it was judged and how fast it came."""
+    def generated(self, groups: Sequence[RolloutGroup]) -> None:
+        """Records how fast groups came, after the phase `generate`."""
         tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
-        self.add(rollout_diagnostics.group_metrics(groups))
         rate = tokens / self._timers.seconds("generate")
         self.add({"throughput/generated_tokens_per_s": rate})
+
+    def groups(self, groups: Sequence[RolloutGroup]) -> None:
+        """Records what was sampled and how it was judged."""
+        self.add(rollout_diagnostics.group_metrics(groups))
 
     def token_rm(self, batch: PackedBatch, step: TokenRewardStep, rate: float) -> None:
         """Records the token reward model's quality on a batch, before its own step."""

@@ -15,15 +15,12 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.sampler import PromptSampler
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
-from megatron_oreal.rollout.engine import RolloutEngine
-from megatron_oreal.rollout.groups import generate_groups
 from megatron_oreal.rollout.weight_sync import WeightSync
+from megatron_oreal.trainer.group_source import GroupSource
 from megatron_oreal.trainer.journal import Journal
-from megatron_oreal.trainer.judging import judge_groups
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
-from megatron_oreal.types import PackedBatch, Prompt, RolloutGroup
-from megatron_oreal.verify.cascade import Verifier
+from megatron_oreal.types import PackedBatch
 
 
 @dataclass
@@ -32,23 +29,21 @@ class OrealLoop:
 
     config: Config
     prompts: PromptSampler
-    rollouts: RolloutEngine
-    verifier: Verifier
+    source: GroupSource
     packer: Packer
     policy: Policy
     reference: Reference
     token_rm: TokenRewardModel | None
-    weight_sync: WeightSync
+    weight_sync: WeightSync | None
     rates: Rates
     journal: Journal
     engine_checked: bool = False
 
     def iterate(self, iteration: int) -> None:
-        """Samples, judges, and learns where a question is neither solved nor failed throughout."""
+        """Asks, has judged, and learns where a question is neither solved nor failed throughout."""
         cfg, journal = self.config, self.journal
         prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
-        groups = self._generate(prompts, iteration)  # l. 5
-        groups = self._judge(groups)  # l. 6
+        groups = self.source.answer(prompts, iteration)  # l. 5-6
         journal.groups(groups)
         groups, dropped = shaping.drop_unverified(
             groups, cfg.verifier.max_unverified_share, cfg.verifier.unverified_is_incorrect
@@ -63,24 +58,6 @@ class OrealLoop:
         journal.add({"rollout/dropped_groups": dropped, "oreal/trajectories": len(trajectories)})
         journal.transcripts(iteration, groups, batch)
         journal.write(iteration)
-
-    def _generate(self, prompts: list[Prompt], iteration: int) -> list[RolloutGroup]:
-        sampling = self.config.sampling
-        responses = len(prompts) * sampling.samples_per_question
-        with self.journal.phase("generate", responses, "responses") as advance:
-            return generate_groups(
-                self.rollouts,
-                prompts,
-                sampling,
-                seed=self.config.run.seed,
-                iteration=iteration,
-                advance=advance,
-            )
-
-    def _judge(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        answers = sum(len(group.rollouts) for group in groups)
-        with self.journal.phase("verify", answers, "answers") as advance:
-            return judge_groups(self.verifier, groups, advance)
 
     def _check_engine(self, batch: PackedBatch) -> None:
         """Refuses to train, once, if policy and engine score the same tokens too differently."""
@@ -129,6 +106,11 @@ class OrealLoop:
         self.journal.policy(batch, step, rate)
         if not frozen:
             self.rates.policy_updates += 1
+            self.push_weights()
+        return batch
+
+    def push_weights(self) -> None:
+        """Hands the policy's weights to the engines, where there are any."""
+        if self.weight_sync:
             with self.journal.phase("sync"):
                 self.weight_sync.push()
-        return batch

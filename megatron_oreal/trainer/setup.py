@@ -15,13 +15,14 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptSampler
-from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
+from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id, vocabulary_digest
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.weight_sync import WeightSync
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
+from megatron_oreal.trainer.group_source import RecordedGroups, SampledGroups
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource, open_source
@@ -40,6 +41,11 @@ class Texts:
     stop_id: int
     training: list[Prompt]
     held_out: list[Prompt]
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """Digest of the tokenizer's vocabulary."""
+        return vocabulary_digest(self.tokenizer)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Turns response ids into text, without special tokens."""
@@ -165,28 +171,58 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
     with contextlib.ExitStack() as stack:
         journal = Journal(config, config.schedule.iterations, resumed)
         stack.enter_context(contextlib.closing(journal))
-        verifier = stack.enter_context(Verifier(config.verifier, config.judge))
+        recorded = RecordedGroups(config, journal, texts.vocabulary)
+        if config.rollout.replay:
+            recorded.check(resumed.state.iteration if resumed else 0)
         with journal.phase("start"):
             policy, reference, token_rm = _build_models(source, resumed)
-            engine = stack.enter_context(contextlib.closing(start_engine(config, texts)))
+            engines = None
+            if not config.rollout.replay:
+                engines = stack.enter_context(_engines(config, texts, journal))
         loop = OrealLoop(
             config=config,
             prompts=prompts,
-            rollouts=engine,
-            verifier=verifier,
+            source=engines.source if engines else recorded,
             packer=Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch),
             policy=policy,
             reference=reference,
             token_rm=token_rm,
-            weight_sync=WeightSync(source.stream(policy), engine),
+            weight_sync=WeightSync(source.stream(policy), engines.engine) if engines else None,
             rates=Rates(config, done.policy_updates, done.token_rm_updates),
             journal=journal,
             engine_checked=done.engine_checked,
         )
-        evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
         yield TrainingRun(
-            config, source, loop, evaluator, journal, checkpointer, resumed, done.before
+            config=config,
+            source=source,
+            loop=loop,
+            evaluator=engines.evaluator if engines else None,
+            journal=journal,
+            checkpointer=checkpointer,
+            resumed=resumed,
+            before=done.before,
         )
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What a run has that samples for itself: engines, and what asks and judges with them."""
+
+    engine: VllmInProcess
+    source: SampledGroups
+    evaluator: Evaluator | None
+
+
+@contextlib.contextmanager
+def _engines(config: Config, texts: Texts, journal: Journal) -> Iterator[Engines]:
+    """Starts engines and verifier and ends them again; collective over the world."""
+    with (
+        Verifier(config.verifier, config.judge) as verifier,
+        contextlib.closing(start_engine(config, texts)) as engine,
+    ):
+        source = SampledGroups(config, engine, verifier, journal, texts.vocabulary)
+        evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
+        yield Engines(engine, source, evaluator)
 
 
 def _stored(

@@ -25,7 +25,8 @@ def train(config: Config) -> bool:
     with training_run(config) as run, stop_on_signal() as stop:
         settings, iterations = config.evaluation, config.schedule.iterations
         run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
-        run.loop.weight_sync.push()
+        if run.loop.weight_sync:
+            run.loop.weight_sync.push()
         before = _start(run)
         for iteration in range(run.first_iteration, iterations):
             run.loop.iterate(iteration)

@@ -40,6 +40,7 @@ def main(out: Path, settings: list[str]) -> None:
     start_world()
     with training_run(config) as run:
         assert run.evaluator is not None
+        assert run.loop.weight_sync is not None
         start = same_everywhere(digest(run.loop.weight_sync.push()))
         for iteration in range(config.schedule.iterations):
             run.loop.iterate(iteration)

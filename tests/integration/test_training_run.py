@@ -75,6 +75,27 @@ def trained(root: Path, fine_tuning: FineTuning) -> TrainingRun:
 
 
 @pytest.fixture(scope="module")
+def replayed(root: Path, fine_tuning: FineTuning, trained: TrainingRun) -> TrainingRun:
+    """What `trained` recorded, trained on by a single rank where vLLM cannot be imported."""
+    settings = toy.settings(
+        root,
+        "replayed",
+        fine_tuning.model,
+        run__seed=7,
+        rollout__replay=trained.folder / "recorded",
+        schedule__iterations=3,
+        schedule__freeze_iterations=1,
+        monitor__wandb="disabled",
+    )
+    program = (
+        "import sys; sys.modules['vllm'] = None; from megatron_oreal.cli import main;"
+        " sys.exit(main())"
+    )
+    finished = run([sys.executable, "-c", program, "train", *settings])
+    return read_run(root / "replayed", settings, finished)
+
+
+@pytest.fixture(scope="module")
 def hopeless(root: Path) -> TrainingRun:
     """An untrained policy solves nothing: every batch is trivial. A single rank."""
     settings = toy.settings(
@@ -149,6 +170,21 @@ def test_engine_and_policy_agree_on_every_sampled_token(trained: TrainingRun) ->
     for line in trained.train:  # the last one on weights that were pushed
         assert line["rollout/mismatch_mean"] < 2e-5
         assert line["rollout/mismatch_max"] < 1e-3
+
+
+def test_a_replay_without_vllm_on_one_rank_trains_the_same(
+    trained: TrainingRun, replayed: TrainingRun
+) -> None:
+    """What is counted is equal; what is computed differs by the rounding of another layout."""
+    for line, again in zip(trained.train, replayed.train, strict=True):
+        names = {name for name in line if not name.startswith(("time/", "throughput/"))}
+        assert names == {name for name in again if not name.startswith("time/")}
+        for name in names - {"kind"}:
+            counted = name.startswith("rollout/") and "mismatch" not in name
+            relative, absolute = (0, 0) if counted else (2e-3, 2e-5)
+            assert again[name] == pytest.approx(line[name], relative, absolute), name
+    assert not {"generate", "verify", "sync"} & replayed.summary["seconds"].keys()
+    assert not list((replayed.folder / "recorded").iterdir())
 
 
 def test_transcripts_hold_what_was_sampled_judged_and_weighed(trained: TrainingRun) -> None:

@@ -36,6 +36,7 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
         "checkpoints",
         "config.yaml",
         "hf",
+        "recorded",
         "rollouts",
     ]
     assert folder.config.read_text(encoding="utf-8") == "run:\n  seed: 0\n"

@@ -1,0 +1,199 @@
+"""Algorithm 1, lines 5 and 6: judged groups, sampled from the policy or read from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.schema import Config
+from megatron_oreal.parallel.collectives import agree, broadcast_bytes, world_rank
+from megatron_oreal.rollout.engine import RolloutEngine
+from megatron_oreal.rollout.frames import DamagedRecord
+from megatron_oreal.rollout.groups import generate_groups
+from megatron_oreal.rollout.record import (
+    FORMAT,
+    RecordHeader,
+    decode_groups,
+    read_header,
+    record_path,
+    write_groups,
+)
+from megatron_oreal.trainer.journal import Journal
+from megatron_oreal.trainer.judging import judge_groups
+from megatron_oreal.types import Prompt, RolloutGroup
+from megatron_oreal.verify.cascade import Verifier
+
+
+class GroupSource(Protocol):
+    """Answers the questions of an iteration."""
+
+    def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+        """Returns one judged group a prompt, in their order; collective over the world."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampledGroups:
+    """Samples from the engines' weights and has every answer judged, then records the groups."""
+
+    config: Config
+    engine: RolloutEngine
+    verifier: Verifier
+    journal: Journal
+    vocabulary: str
+
+    def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+        """See `GroupSource.answer`."""
+        groups = self._judge(self._generate(prompts, iteration))
+        if self.config.rollout.record:
+            self._record(groups, iteration)
+        return groups
+
+    def _generate(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+        sampling = self.config.sampling
+        responses = len(prompts) * sampling.samples_per_question
+        with self.journal.phase("generate", responses, "responses") as advance:
+            groups = generate_groups(
+                self.engine,
+                prompts,
+                sampling,
+                seed=self.config.run.seed,
+                iteration=iteration,
+                advance=advance,
+            )
+        self.journal.generated(groups)
+        return groups
+
+    def _judge(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        answers = sum(len(group.rollouts) for group in groups)
+        with self.journal.phase("verify", answers, "answers") as advance:
+            return judge_groups(self.verifier, groups, advance)
+
+    def _record(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """Writes the groups on the first rank; a disk that refuses costs the record alone."""
+        folder = self.journal.folder.recorded
+        with self.journal.phase("record"):
+            if world_rank() == 0:
+                header = expected_header(self.config, self.vocabulary, iteration)
+                try:
+                    write_groups(folder, header, groups)
+                except OSError as error:
+                    self.journal.say(f"iteration {iteration} is not recorded: {error}")
+
+
+@dataclass(frozen=True)
+class RecordedGroups:
+    """Reads what another run sampled and judged, so that this one needs neither.
+
+    Rank 0 alone reads files; every rank checks what it is handed.
+    """
+
+    config: Config
+    journal: Journal
+    vocabulary: str
+
+    def check(self, first_iteration: int) -> None:
+        """Looks at the header of every iteration that will be asked for.
+
+        Collective over the world.
+
+        Raises:
+            UserError: One is missing, damaged, or was sampled under other settings.
+        """
+        with agree():
+            if world_rank() == 0:
+                for iteration in range(first_iteration, self.config.schedule.iterations):
+                    self._check_header(iteration, first_iteration)
+
+    def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+        """See `GroupSource.answer`.
+
+        Raises:
+            UserError: The record is damaged, or answers other questions.
+        """
+        with self.journal.phase("replay"), agree():
+            groups = self._decode(self._read(iteration), iteration)
+            self._check_prompts(groups, prompts, iteration)
+        return groups
+
+    def _read(self, iteration: int) -> bytes:
+        """Reads on rank 0 what every rank returns; collective over the world."""
+        content = b""
+        with agree():
+            if world_rank() == 0:
+                try:
+                    content = self._path(iteration).read_bytes()
+                except OSError as error:
+                    raise self._refusal(iteration, f"{error.strerror}; restore it") from error
+        return broadcast_bytes(content)
+
+    def _decode(self, content: bytes, iteration: int) -> list[RolloutGroup]:
+        try:
+            header, groups = decode_groups(content)
+        except DamagedRecord as error:
+            raise self._refusal(iteration, f"{error}; restore it or record it again") from error
+        self._compare(header, iteration)
+        return groups
+
+    def _check_header(self, iteration: int, first_iteration: int) -> None:
+        path = self._path(iteration)
+        try:
+            header = read_header(path)
+        except FileNotFoundError as error:
+            fix = "no such record; name a folder that a run recorded, with all iterations"
+            if iteration > first_iteration:
+                fix = f"no such record; set schedule.iterations={iteration} or record more"
+            raise self._refusal(iteration, fix) from error
+        except OSError as error:
+            raise self._refusal(iteration, f"{error.strerror}; name a readable folder") from error
+        except DamagedRecord as error:
+            raise self._refusal(iteration, f"{error}; restore it or record it again") from error
+        self._compare(header, iteration)
+
+    def _compare(self, header: RecordHeader, iteration: int) -> None:
+        expected = expected_header(self.config, self.vocabulary, iteration)
+        keys = {
+            "samples": "sampling.samples_per_question",
+            "questions": "data.questions_per_iteration",
+            "seed": "run.seed",
+        }
+        for field, key in keys.items():
+            theirs, ours = getattr(header, field), getattr(expected, field)
+            if theirs != ours:
+                raise self._refusal(iteration, f"recorded with {key}={theirs}, not {ours}; set it")
+        if header.vocabulary != expected.vocabulary:
+            why = "recorded with another tokenizer than that of model.path"
+            raise self._refusal(iteration, f"{why}; name a model that has it")
+        if header.iteration != iteration:
+            raise self._refusal(iteration, f"is of iteration {header.iteration}; put it back")
+
+    def _check_prompts(
+        self, groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], iteration: int
+    ) -> None:
+        for group, prompt in zip(groups, prompts, strict=True):
+            if (group.prompt.id, group.prompt.tokens) != (prompt.id, prompt.tokens):
+                why = "answers other questions than the `data` section gives"
+                raise self._refusal(iteration, f"{why}; set it as it was when they were recorded")
+
+    def _path(self, iteration: int) -> Path:
+        assert self.config.rollout.replay is not None
+        return record_path(Path(self.config.rollout.replay), iteration)
+
+    def _refusal(self, iteration: int, why: str) -> UserError:
+        path = self._path(iteration)
+        return UserError(f"rollout.replay={path.parent}: {path.name}: {why}")
+
+
+def expected_header(config: Config, vocabulary: str, iteration: int) -> RecordHeader:
+    """Returns the header of what a run of this config samples in an iteration."""
+    return RecordHeader(
+        format=FORMAT,
+        iteration=iteration,
+        seed=config.run.seed,
+        questions=config.data.questions_per_iteration,
+        samples=config.sampling.samples_per_question,
+        vocabulary=vocabulary,
+    )
