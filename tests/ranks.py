@@ -58,7 +58,13 @@ class RankPool:
         self._collect(STARTUP_TIMEOUT_S)
 
     def run(
-        self, fn: Callable[..., Any], *args: Any, tp: int = 1, pp: int = 1, cp: int = 1
+        self,
+        fn: Callable[..., Any],
+        *args: Any,
+        tp: int = 1,
+        pp: int = 1,
+        cp: int = 1,
+        vpp: int = 1,
     ) -> list[Any]:
         """Runs `fn(*args)` on every rank under a fresh Megatron layout; the results by rank.
 
@@ -69,7 +75,8 @@ class RankPool:
             RankError: If a rank raised, died or did not answer. The pool is then closed, since
                 its ranks may be out of step.
         """
-        call = pickle.dumps((fn, args, {"tensor": tp, "pipeline": pp, "context": cp}))
+        layout = {"tensor": tp, "pipeline": pp, "context": cp, "virtual_pipeline": vpp}
+        call = pickle.dumps((fn, args, layout))
         for pipe in self._pipes:
             pipe.send_bytes(call)
         return self._collect(CALL_TIMEOUT_S)

@@ -90,10 +90,13 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return write_toy(folder, "qwen2_tied" if tied else "qwen2")
 
 
-def write_toy(folder: Path, toy: str) -> Path:
-    """Writes random weights, norms and biases random too, large enough to tell tokens apart."""
+def write_toy(folder: Path, toy: str, **changes: object) -> Path:
+    """Writes random weights, norms and biases random too, large enough to tell tokens apart.
+
+    `changes` are to its `config.json`.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | TOYS[toy]))
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON | TOYS[toy] | changes))
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     family, dims = read_model(folder)
@@ -135,6 +138,7 @@ def make_config(
         parallel=ParallelConfig(
             tensor=here.tp_size,
             pipeline=here.pp_size,
+            virtual_pipeline=here.vpp_size,
             context=here.cp_size,
             sequence_parallel=sequence_parallel,
             distributed_optimizer=distributed_optimizer,

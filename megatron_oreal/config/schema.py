@@ -49,13 +49,17 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     context: int = 1
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 1, "tensor", "pipeline", "context")
+        at_least(self, 1, "tensor", "pipeline", "virtual_pipeline", "context")
+        stages = self.virtual_pipeline
+        fix = f"there is no pipeline to interleave (parallel.pipeline={self.pipeline}); set it to 1"
+        require(stages == 1 or self.pipeline > 1, "virtual_pipeline", stages, fix)
 
 
 @dataclass(frozen=True)

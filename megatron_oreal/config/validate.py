@@ -89,9 +89,12 @@ def check_model(config: Config, *, heads: int, kv_heads: int, layers: int, vocab
         require(whole, key, degree, f"{fix}; set one that is")
         fix = f"more than the model's {vocab} vocabulary rows; set it lower"
         require(degree <= vocab, key, degree, fix)
-    pipeline = config.parallel.pipeline
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
     fix = f"does not divide the model's {layers} layers; set a divisor of it"
     require(layers % pipeline == 0, "parallel.pipeline", pipeline, fix)
+    own = layers // pipeline
+    fix = f"does not divide the {own} layers of a pipeline rank; set a divisor of it"
+    require(own % virtual == 0, "parallel.virtual_pipeline", virtual, fix)
 
 
 def _check_window(config: Config) -> None:

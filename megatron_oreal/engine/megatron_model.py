@@ -24,7 +24,7 @@ from megatron_oreal.engine.optimizer_state import (
     set_steps_taken,
     steps_taken,
 )
-from megatron_oreal.models.build import HeadKind, PackedGPT, build_model
+from megatron_oreal.models.build import HeadKind, PackedGPT, build_stages
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.parallel.collectives import all_reduce_sum
 from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
@@ -48,6 +48,10 @@ class _Record(NamedTuple):
     loss: torch.Tensor
     per_token: Mapping[str, torch.Tensor]
     slots: torch.Tensor
+
+
+Load = Callable[[Mapping[str, torch.Tensor]], None]
+"""Fills this rank's parameters, by name; may be collective over the world."""
 
 
 class Head(Protocol):
@@ -89,12 +93,13 @@ class MegatronModel:
         topology: Topology,
         *,
         head: HeadKind,
-        load: Callable[[PackedGPT], None],
+        load: Load,
         optimizer: OptimizerConfig | None,
     ) -> None:
         self.topology = topology
         self.dims = dims
-        self.module = build_model(
+        self.head = head
+        self.stages = build_stages(
             dims,
             config.parallel,
             config.model.precision,
@@ -103,28 +108,43 @@ class MegatronModel:
             seed=config.run.seed,
         )
         # Weights come before the optimizer, which copies them into its own precision.
-        load(self.module)
-        self._wrapped: PackedGPT | DistributedDataParallel = self.module
+        load(self._stored_in_a_checkpoint())
+        self._wrapped: Sequence[PackedGPT | DistributedDataParallel] = self.stages
         self._optimizer = None
         if optimizer is None:
             # Still `requires_grad`: Megatron multiplies by frozen weights in another way, which
             # rounds differently, and a reference equal to the policy must score equally.
-            self.module.eval()
+            for stage in self.stages:
+                stage.eval()
             return
         with cuda_on_cpu():
-            self._wrapped = wrap_for_training(self.module, config)
-            self._optimizer = build_optimizer(self._wrapped, optimizer, config)
-        self.module.config.finalize_model_grads_func = finalize_model_grads
-        self.module.config.grad_scale_func = self._optimizer.scale_loss
+            wrapped = [wrap_for_training(stage, config) for stage in self.stages]
+            self._optimizer = build_optimizer(wrapped, optimizer, config)
+        self._wrapped = wrapped
+        settings = self.stages[0].config  # all stages' own
+        settings.finalize_model_grads_func = finalize_model_grads
+        settings.grad_scale_func = self._optimizer.scale_loss
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's live parameters by Megatron's names, layers counted over the whole model."""
+        return {name: value for stage in self.stages for name, value in stage.named_weights()}
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """This rank's parameters by Megatron's names."""
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        """Likewise, detached from any graph."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def _stored_in_a_checkpoint(self) -> dict[str, torch.Tensor]:
+        """The parameters that a language model's checkpoint has: all but a scalar head."""
+        return {
+            name: value
+            for name, value in self.parameters().items()
+            if self.head == "vocab" or not name.startswith("output_layer.")
+        }
 
     def optimizer_shards(self) -> dict[str, OptimizerShard]:
         """What this rank's optimizer keeps of its parameters, by Megatron's names."""
         assert self._optimizer is not None, "a frozen model has no optimizer"
-        return optimizer_shards(self._optimizer, dict(self.module.named_parameters()))
+        return optimizer_shards(self._optimizer, self.named_parameters())
 
     def steps_taken(self) -> int:
         """How many steps this rank's optimizer has seen; 0 where it has nothing to optimize."""
@@ -152,11 +172,12 @@ class MegatronModel:
         Collective over the world. The values returned are those of the forward pass before the
         update.
         """
-        assert isinstance(self._wrapped, DistributedDataParallel), "a frozen model takes no step"
-        assert self._optimizer is not None
+        assert self._optimizer is not None, "a frozen model takes no step"
         set_learning_rate(self._optimizer, learning_rate)
         with cuda_on_cpu():
-            self._wrapped.zero_grad_buffer()
+            for stage in self._wrapped:
+                assert isinstance(stage, DistributedDataParallel)
+                stage.zero_grad_buffer()
             self._optimizer.zero_grad()
         records = self._run(batch, head, forward_only=False)
         with cuda_on_cpu():
@@ -183,8 +204,8 @@ class MegatronModel:
         with cuda_on_cpu():
             return get_forward_backward_func()(
                 forward_step_func=functools.partial(_forward_step, head=head),
-                data_iterator=iter(micro_batches),
-                model=[self._wrapped],
+                data_iterator=[iter(micro_batches) for _ in self._wrapped],
+                model=list(self._wrapped),
                 num_microbatches=len(micro_batches),
                 # Megatron divides it by the context-parallel size.
                 seq_length=max(len(m.tokens) for m in micro_batches) * cut.cp_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -25,9 +26,12 @@ def wrap_for_training(module: PackedGPT, config: Config) -> DistributedDataParal
 
 
 def build_optimizer(
-    wrapped: DistributedDataParallel, optimizer: OptimizerConfig, config: Config
+    wrapped: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, config: Config
 ) -> MegatronOptimizer:
-    """Returns AdamW over this rank's parameters or its share of them; collective over the world."""
+    """Returns AdamW over this rank's parameters or its share of them; collective over the world.
+
+    `wrapped` are the stages of the model that this rank has.
+    """
     precision = config.model.precision
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -42,7 +46,7 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
     # No overrides: weight decay falls on norms and biases too, as in the reference.
-    chunks: list[Any] = [wrapped]
+    chunks: list[Any] = list(wrapped)
     return get_megatron_optimizer(settings, chunks, config_overrides={})
 
 

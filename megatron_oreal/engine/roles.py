@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,15 +9,11 @@ import torch
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
 from megatron_oreal.engine.heads import LogprobHead, SequenceObjective, TokenScoreHead
-from megatron_oreal.engine.megatron_model import MegatronModel
-from megatron_oreal.models.build import PackedGPT
+from megatron_oreal.engine.megatron_model import Load, MegatronModel
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.heads import Objective
 from megatron_oreal.parallel.topology import Topology
 from megatron_oreal.types import PackedBatch
-
-Load = Callable[[PackedGPT], None]
-"""Fills this rank's parameters; may be collective over the world."""
 
 
 class PolicyStep(NamedTuple):
@@ -48,7 +43,7 @@ class Reference:
             dims, config, topology, head="vocab", load=load, optimizer=self._trainable
         )
         chunk_tokens = config.engine.head_chunk_tokens
-        self._head = LogprobHead(self.model.module, topology, dims.vocab, chunk_tokens)
+        self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, chunk_tokens)
 
     def logprobs(self, batch: PackedBatch) -> PolicyStep:
         """Scores every response token forward only; collective over the world."""
@@ -85,7 +80,7 @@ class TokenRewardModel:
         self.model = MegatronModel(
             dims, config, topology, head="scalar", load=load, optimizer=config.token_rm_optimizer
         )
-        self._head = TokenScoreHead(self.model.module, topology, config.oreal.token_score)
+        self._head = TokenScoreHead(self.model.stages[-1], topology, config.oreal.token_score)
 
     def scores(self, batch: PackedBatch) -> list[torch.Tensor]:
         """Scores every response token forward only; collective over the world."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_oreal.config.schema import ParallelConfig, Precision
-from megatron_oreal.models.family import ModelDims
+from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.heads import ScalarHead
 from megatron_oreal.models.layer_spec import layer_spec
 from megatron_oreal.parallel.cuda_on_cpu import compute_device, cuda_on_cpu
@@ -32,8 +34,6 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 class PackedGPT(GPTModel):
     """A `GPTModel` over packed sequences that ends with its hidden states; heads stand outside."""
-
-    has_vocab_head = True
 
     @staticmethod
     def packed_inputs(tokens: torch.Tensor, packed: PackedSeqParams) -> dict[str, Any]:
@@ -53,6 +53,16 @@ class PackedGPT(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
+
+    def named_weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yields its parameters by Megatron's names, layers counted over the whole model.
+
+        So counted, names are the model's own: no two stages have the same, and every layout has the
+        same one.
+        """
+        first = get_transformer_layer_offset(self.config, self.vp_stage)
+        for name, parameter in self.named_parameters():
+            yield Family.shift_layer(name, by=first), parameter
 
     def output_weight(self) -> torch.Tensor:
         """The rows `[v/tp, h]` of the language-model head: the embedding's own where tied."""
@@ -76,6 +86,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Returns Megatron's configuration of these dimensions under this layout."""
     dtype = DTYPES[precision]
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -94,6 +105,11 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # Interleaved, two stages send both ways at a time: only with a request each do they know
+        # what is what.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         params_dtype=dtype,
@@ -114,7 +130,7 @@ def transformer_config(
     )
 
 
-def build_model(
+def build_stages(
     dims: ModelDims,
     parallel: ParallelConfig,
     precision: Precision,
@@ -122,32 +138,36 @@ def build_model(
     *,
     head: HeadKind,
     seed: int,
-) -> PackedGPT:
-    """Builds this rank's part of a model, its weights not yet loaded; not collective.
+) -> list[PackedGPT]:
+    """Builds this rank's virtual stages of a model, their weights not yet loaded; not collective.
 
     The scalar head is drawn from `seed`. The vocabulary is padded to a multiple of the
     tensor-parallel size.
     """
-    config = transformer_config(dims, parallel, precision)
-    with cuda_on_cpu():
-        model = PackedGPT(
-            config,
-            layer_spec(config),
-            vocab_size=math.ceil(dims.vocab / parallel.tensor) * parallel.tensor,
-            max_sequence_length=dims.max_positions,
-            pre_process=topology.is_first_stage,
-            post_process=topology.is_last_stage,
-            share_embeddings_and_output_weights=dims.tied_embeddings and head == "vocab",
-            position_embedding_type="rope",
-            rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType]  a float does
-            rope_scaling=dims.rope_factor is not None,
-            rope_scaling_factor=dims.rope_factor or 1.0,
-        )
-        model.has_vocab_head = head == "vocab"
-        if head == "scalar" and topology.is_last_stage:
-            model.register_module("output_layer", ScalarHead(config, seed))
-        _mark_shards(model)
-        return model.to(compute_device())
+    config = transformer_config(dims, parallel, precision)  # of which Megatron asks one stage's
+    stages = []
+    for stage in range(topology.vpp_size):
+        vp_stage = stage if topology.vpp_size > 1 else None
+        with cuda_on_cpu():
+            model = PackedGPT(
+                config,
+                layer_spec(config, vp_stage),
+                vocab_size=math.ceil(dims.vocab / parallel.tensor) * parallel.tensor,
+                max_sequence_length=dims.max_positions,
+                pre_process=topology.has_embedding(stage),
+                post_process=topology.has_head(stage),
+                share_embeddings_and_output_weights=dims.tied_embeddings and head == "vocab",
+                position_embedding_type="rope",
+                rotary_base=dims.rope_theta,  # pyright: ignore[reportArgumentType]  a float does
+                rope_scaling=dims.rope_factor is not None,
+                rope_scaling_factor=dims.rope_factor or 1.0,
+                vp_stage=vp_stage,
+            )
+            if head == "scalar" and topology.has_head(stage):
+                model.register_module("output_layer", ScalarHead(config, seed))
+            _mark_shards(model)
+            stages.append(model.to(compute_device()))
+    return stages
 
 
 def _mark_shards(model: PackedGPT) -> None:

@@ -124,6 +124,11 @@ class Family:
         row = self._by_megatron_name[_LAYER.sub("{i}", parameter)]
         return row, int(match.group()) if match else 0
 
+    @staticmethod
+    def shift_layer(parameter: str, by: int) -> str:
+        """Returns the name of the same Megatron parameter so many layers later."""
+        return _LAYER.sub(lambda match: str(int(match.group()) + by), parameter)
+
     def token_classifier(self, dims: ModelDims) -> tuple[Family, ModelDims]:
         """Returns the family's `ForTokenClassification`, and its dimensions.
 

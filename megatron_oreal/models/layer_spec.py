@@ -47,8 +47,8 @@ def transformer_engine_runs() -> bool:
     return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Returns what `GPTModel` builds its layers of on this pipeline stage."""
+def layer_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:
+    """Returns what `GPTModel` builds its layers of on this virtual pipeline stage, if any."""
     if transformer_engine_runs():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -60,6 +60,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=ModuleSpec(RMSNorm)
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=ModuleSpec(RMSNorm),
     )
     return ModuleSpec(TransformerBlock, submodules=block)

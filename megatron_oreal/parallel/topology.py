@@ -21,6 +21,7 @@ class Topology:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vpp_size: int
     dp_rank: int
     dp_size: int
     cp_rank: int
@@ -30,14 +31,17 @@ class Topology:
     cp_group: dist.ProcessGroup
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the head."""
         return self.pp_rank == self.pp_size - 1
+
+    def has_embedding(self, stage: int) -> bool:
+        """Whether a stage of this rank, of which it has `vpp_size`, is the first of all."""
+        return self.pp_rank == 0 and stage == 0
+
+    def has_head(self, stage: int) -> bool:
+        """Whether a stage of this rank is the last of all."""
+        return self.is_last_stage and stage == self.vpp_size - 1
 
     @property
     def reports_scores(self) -> bool:
@@ -45,20 +49,29 @@ class Topology:
         return self.is_last_stage and self.tp_rank == 0
 
     @property
+    def micro_batch_multiple(self) -> int:
+        """What the number of micro-batches of a step is a multiple of: interleaving asks for it."""
+        return self.pp_size if self.vpp_size > 1 else 1
+
+    @property
     def cut(self) -> SequenceCut:
         """Which tokens of a packed batch this rank holds."""
         return SequenceCut(self.tp_size, self.cp_size, self.cp_rank)
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 1) -> Topology:
+def initialize(
+    tensor: int = 1, pipeline: int = 1, context: int = 1, virtual_pipeline: int = 1, seed: int = 1
+) -> Topology:
     """Builds Megatron's process groups; collective over the world.
 
-    Data parallelism fills what tensor * pipeline * context leaves of the world.
+    Data parallelism fills what tensor * pipeline * context leaves of the world. Each rank has
+    `virtual_pipeline` stages of the pipeline.
     """
     with cuda_on_cpu():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
         )
         model_parallel_cuda_manual_seed(seed)
@@ -76,6 +89,7 @@ def current() -> Topology:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.schema import Config
 from megatron_oreal.config.validate import check_layout, check_model
-from megatron_oreal.engine.megatron_model import MegatronModel
-from megatron_oreal.engine.roles import Load, Policy
-from megatron_oreal.models.build import PackedGPT
+from megatron_oreal.engine.megatron_model import Load, MegatronModel
+from megatron_oreal.engine.roles import Policy
 from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel import topology
@@ -34,22 +36,14 @@ class ModelSource:
 
     @property
     def place(self) -> MegatronPlace:
-        """This rank's coordinates among the weights."""
-        layers = self.dims.layers // self.topology.pp_size
-        return MegatronPlace(
-            self.topology.tp_rank, self.topology.tp_size, self.topology.pp_rank * layers
-        )
+        """This rank's coordinates among the weights; names count layers over the whole model."""
+        return MegatronPlace(self.topology.tp_rank, self.topology.tp_size)
 
     @property
     def load(self) -> Load:
-        """Fills a model from the checkpoint; not collective. A scalar head keeps what it drew."""
+        """Fills parameters from the checkpoint; not collective."""
 
-        def load(model: PackedGPT) -> None:
-            parameters = {
-                name: parameter
-                for name, parameter in model.named_parameters()
-                if model.has_vocab_head or not name.startswith("output_layer.")
-            }
+        def load(parameters: Mapping[str, torch.Tensor]) -> None:
             load_hf(parameters, self.config.model.path, self.family, self.dims, self.place)
 
         return load
@@ -68,7 +62,7 @@ class ModelSource:
     def stored(self, model: MegatronModel) -> StoredModel:
         """Says where a model's parameters lie in a checkpoint; not collective."""
         family, dims = self.family, self.dims
-        if not model.module.has_vocab_head:
+        if model.head == "scalar":
             family, dims = family.token_classifier(dims)
         local = {name: tuple(tensor.shape) for name, tensor in model.parameters().items()}
         regions = megatron_regions(family, dims, local, self.place)
@@ -109,6 +103,10 @@ def open_source(config: Config) -> ModelSource:
         )
     layout = config.parallel
     place = topology.initialize(
-        layout.tensor, layout.pipeline, layout.context, seed=config.run.seed + 1
+        layout.tensor,
+        layout.pipeline,
+        layout.context,
+        layout.virtual_pipeline,
+        seed=config.run.seed + 1,
     )
     return ModelSource(config, family, dims, place)

@@ -17,11 +17,17 @@ class Packer:
     data_ranks: int
     tokens_per_micro_batch: int
     sequence_multiple: int = 1
+    micro_batch_multiple: int = 1
 
     @classmethod
     def for_layout(cls, topology: Topology, tokens_per_micro_batch: int) -> Packer:
         """Returns the packer whose batches the ranks of this layout can share."""
-        return cls(topology.dp_size, tokens_per_micro_batch, topology.cut.sequence_multiple)
+        return cls(
+            topology.dp_size,
+            tokens_per_micro_batch,
+            topology.cut.sequence_multiple,
+            topology.micro_batch_multiple,
+        )
 
     def pack(self, trajectories: Sequence[Trajectory]) -> PackedBatch:
         """Deals the trajectories to data-parallel ranks and micro-batches; not collective."""
@@ -30,5 +36,6 @@ class Packer:
             self.data_ranks,
             self.tokens_per_micro_batch,
             sequence_multiple=self.sequence_multiple,
+            micro_batch_multiple=self.micro_batch_multiple,
         )
         return PackedBatch(tuple(trajectories), micro_batches)

@@ -165,7 +165,7 @@ def wrong_marks(folder: Path) -> list[str]:
     policy = make_policy(open_models(make_config(folder)))
     marks = {
         name: getattr(parameter, "tensor_model_parallel", False)
-        for name, parameter in policy.model.module.named_parameters()
+        for name, parameter in policy.model.named_parameters().items()
     }
     assert any(marks.values())
     return [name for name in marks if marks[name] != (QWEN2.find(name)[0].kind != "replicated")]

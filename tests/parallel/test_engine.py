@@ -26,7 +26,7 @@ from tests.toy_models import (
     open_models,
     pack,
     whole_weights,
-    write_model,
+    write_toy,
 )
 
 pytestmark = pytest.mark.parallel
@@ -45,6 +45,8 @@ class Case(NamedTuple):
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    vpp: int = 1
+    layers: int = 2
     budget: int = ROOMY
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
@@ -68,6 +70,12 @@ CASES = {
     "tp2 cp2": Case(4, tp=2, cp=2, budget=TIGHT),
     "pp2 cp2": Case(4, pp=2, cp=2, budget=TIGHT),
     "cp2 dp2, one trajectory": Case(4, cp=2, trajectories=1),
+    "pp2 vpp2": Case(2, pp=2, vpp=2, layers=4),
+    "pp2 vpp2, plain optimizer, micro-batches": Case(
+        2, pp=2, vpp=2, layers=4, budget=TIGHT, distributed_optimizer=False
+    ),
+    "tp2 pp2 vpp2": Case(4, tp=2, pp=2, vpp=2, layers=4, budget=TIGHT),
+    "pp2 vpp2 dp2, one trajectory": Case(4, pp=2, vpp=2, layers=4, trajectories=1),
     "tp2 pp2": Case(4, tp=2, pp=2, budget=TIGHT),
     "tp2 pp2, no sequence parallelism": Case(4, tp=2, pp=2, sequence_parallel=False),
     "tp2 dp2": Case(4, tp=2, budget=TIGHT),
@@ -137,31 +145,31 @@ def two_steps(folder: Path, case: Case) -> Run:
 
 
 class Runs:
-    """Runs every case once for a checkpoint."""
+    """Runs every case once, on a checkpoint of as many layers."""
 
-    def __init__(self, ranks: RankPools, folder: Path) -> None:
-        self._ranks, self.folder = ranks, folder
+    def __init__(self, ranks: RankPools, root: Path, toy: str) -> None:
+        self._ranks, self._root, self._toy = ranks, root, toy
         self._done: dict[Case, list[Run]] = {}
 
     def __call__(self, case: Case) -> list[Run]:
         if case not in self._done:
-            pool = self._ranks(case.size)
-            self._done[case] = pool.run(
-                two_steps, self.folder, case, tp=case.tp, pp=case.pp, cp=case.cp
-            )
+            pool, folder = self._ranks(case.size), self._root / str(case.layers)
+            if not folder.exists():
+                write_toy(folder, self._toy, num_hidden_layers=case.layers)
+            layout = {"tp": case.tp, "pp": case.pp, "cp": case.cp, "vpp": case.vpp}
+            self._done[case] = pool.run(two_steps, folder, case, **layout)
         return self._done[case]
 
     def plain(self, case: Case) -> Run:
         """The same trajectories on one rank, in one micro-batch."""
-        return self(PLAIN._replace(trajectories=case.trajectories))[0]
+        return self(PLAIN._replace(trajectories=case.trajectories, layers=case.layers))[0]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=["qwen2_tied", "qwen2"], ids=["tied", "untied"])
 def runs(
     request: pytest.FixtureRequest, ranks: RankPools, tmp_path_factory: pytest.TempPathFactory
 ) -> Runs:
-    folder = write_model(tmp_path_factory.mktemp("engine") / "hf", tied=request.param)
-    return Runs(ranks, folder)
+    return Runs(ranks, tmp_path_factory.mktemp("engine"), request.param)
 
 
 @pytest.fixture(params=CASES.values(), ids=list(CASES))

@@ -97,6 +97,10 @@ def test_engine_that_does_not_divide_the_world() -> None:
             "parallel.tensor=3: neither divides the model's 2 key-value heads nor is a multiple",
         ),
         (["parallel.pipeline=2"], "parallel.pipeline=2: does not divide the model's 3 layers"),
+        (
+            ["parallel.pipeline=3", "parallel.virtual_pipeline=2"],
+            "parallel.virtual_pipeline=2: does not divide the 1 layers of a pipeline rank",
+        ),
     ],
 )
 def test_model_that_the_layout_cannot_cut(overrides: list[str], start: str) -> None:
