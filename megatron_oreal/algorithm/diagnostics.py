@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from megatron_oreal.config.schema import OrealConfig
+    from megatron_oreal.config.schema import OrealConfig, ScheduleConfig
 
 QUANTILES = (0.1, 0.5, 0.9)
 CALIBRATION_BINS = 10
@@ -130,6 +130,42 @@ def token_rm_metrics(mean_scores: Tensor, rewards: Tensor) -> dict[str, float]:
     if correct.any() and not correct.all():
         metrics["token_rm/auc"] = rank_auc(scores, correct)
     return metrics
+
+
+def step_metrics(model: str, grad_norm: float, learning_rate: float) -> dict[str, float]:
+    """Names what one model's step was made with; `model` is `oreal`, the policy, or `token_rm`.
+
+    - `oreal/grad_norm`, `token_rm/grad_norm`: square root of the sum, over all parameters, of the
+      squared gradient of the whole loss, before clipping; 0 of a frozen policy.
+    - `oreal/learning_rate`, `token_rm/learning_rate`: the rate of the step; 0 of a frozen policy.
+    """
+    return {f"{model}/grad_norm": grad_norm, f"{model}/learning_rate": learning_rate}
+
+
+def iteration_metrics(
+    schedule: ScheduleConfig, iteration: int, *, trajectories: int, dropped: int, updates: int
+) -> dict[str, float]:
+    """Says what an iteration came to, also one that trained on nothing.
+
+    - `rollout/dropped_groups`: questions left out whole, for more than
+      `verifier.max_unverified_share` of unverified answers.
+    - `oreal/trajectories`: answers trained on; 0 where every question was trivial.
+    - `oreal/skipped_iterations`: iterations since the start, frozen ones left out, in which the
+      policy took no step: max(0, iteration + 1 - freeze_iterations) - updates.
+
+    Args:
+        schedule: tells how long the policy is frozen.
+        iteration: 0-based.
+        trajectories: of this iteration.
+        dropped: groups of this iteration.
+        updates: steps the policy has taken since the start, this iteration's included.
+    """
+    due = max(0, iteration + 1 - schedule.freeze_iterations)
+    return {
+        "rollout/dropped_groups": float(dropped),
+        "oreal/trajectories": float(trajectories),
+        "oreal/skipped_iterations": float(due - updates),
+    }
 
 
 def rank_auc(scores: Tensor, correct: Tensor) -> float:

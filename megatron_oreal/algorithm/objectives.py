@@ -28,19 +28,29 @@ Departures from the paper:
    tokens come from another distribution.
 5. Questions with 0 < p < 1 are kept; the paper's line 8 says "filter out".
 
-Departures from the reference (its numbers are reproduced wherever none of these applies):
+Departures from the reference, the authors' training code. Its numbers are reproduced wherever none
+of these applies, and `configs/reference.yaml` takes back 6 and 7:
 
 6. A judge that fails or runs out of time makes an answer unverified, not wrong: it leaves the
-   statistics of its group (`verifier.unverified_is_incorrect` brings the old rule back).
-7. A pair is drawn by (seed, iteration, question), alike on all ranks, not by the global generator
+   statistics of its group, since a server that is down says nothing of an answer
+   (`verifier.unverified_is_incorrect` brings the old rule back).
+7. Only `</think>` ends a response's thinking. The reference also judges what follows the words
+   `<conclude>` and `**Final Answer**`, which its own fine-tuned models write
+   (`verifier.thinking_end_markers`).
+8. A pair is drawn by (seed, iteration, question), alike on all ranks, not by the global generator
    of each rank: the same run on other ranks trains on the same trajectories.
-8. No trajectory is dropped to make the batch divide by the ranks while N+ and N- still count it: N
+9. No trajectory is dropped to make the batch divide by the ranks while N+ and N- still count it: N
    counts what is trained on.
-9. KL `k1` is logp - reference logp. The reference's `kl` has the opposite sign and rewards leaving
-   the reference.
-10. top-k weights keep at least one token; the reference fails on a response with int(n ratio) = 0.
-11. The entropy reported is that of the policy's distribution; the reference reports the mean of
+10. KL `k1` is logp - reference logp. The reference's `kl` has the opposite sign and rewards leaving
+    the reference.
+11. top-k weights keep at least one token; the reference fails on a response with int(n ratio) = 0.
+12. The entropy reported is that of the policy's distribution; the reference reports the mean of
     -logp.
+13. Text of a model is never evaluated, and every answer has a deadline; the reference hands it to
+    a parser that calls `eval`, in the trainer's process and for as long as it takes.
+14. A judge is asked for the word that its reply is searched for; the reference asks for CORRECT or
+    INCORRECT and looks for A or B.
+15. A run resumes; the reference's starts anew.
 """
 
 from __future__ import annotations

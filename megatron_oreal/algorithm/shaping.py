@@ -33,7 +33,7 @@ def drop_unverified(
 
     With `unverified_is_incorrect` nothing is dropped and every unverified answer becomes an
     incorrect one, as in the reference. Call it before `shape_rewards`, and
-    `diagnostics.group_metrics` before it.
+    `rollout_diagnostics.group_metrics` before it.
 
     Args:
         groups: judged groups.

@@ -98,7 +98,7 @@ class Journal:
         rewards = torch.tensor([trajectory.reward for trajectory in batch.trajectories])
         means = torch.stack([scores.mean() for scores in step.scores])
         self.add(diagnostics.token_rm_metrics(means, rewards))
-        self.add({"token_rm/grad_norm": step.grad_norm, "token_rm/learning_rate": rate})
+        self.add(diagnostics.step_metrics("token_rm", step.grad_norm, rate))
 
     def policy(self, batch: PackedBatch, step: PolicyStep, rate: float) -> None:
         """Records the policy against reference and rollout engine on a batch, before its step."""
@@ -109,7 +109,19 @@ class Journal:
         )
         self.add(diagnostics.token_weight_metrics(batch.fields["token_weight"], rewards))
         self.add(rollout_diagnostics.mismatch_metrics(step.logprobs, rollout))
-        self.add({"oreal/grad_norm": step.grad_norm, "oreal/learning_rate": rate})
+        self.add(diagnostics.step_metrics("oreal", step.grad_norm, rate))
+
+    def iteration(self, iteration: int, trajectories: int, dropped: int, updates: int) -> None:
+        """Records what an iteration came to; `updates` are the policy's so far."""
+        self.add(
+            diagnostics.iteration_metrics(
+                self.config.schedule,
+                iteration,
+                trajectories=trajectories,
+                dropped=dropped,
+                updates=updates,
+            )
+        )
 
     def write(self, iteration: int, kind: Kind = "train") -> None:
         """Writes the metrics gathered since the last call, and the seconds of each phase."""

@@ -55,7 +55,7 @@ class OrealLoop:
             self._check_engine(batch)
             weights = self._weigh(batch, iteration)  # l. 10-11
             batch = self._update(batch, weights, iteration)  # l. 12
-        journal.add({"rollout/dropped_groups": dropped, "oreal/trajectories": len(trajectories)})
+        journal.iteration(iteration, len(trajectories), dropped, self.rates.policy_updates)
         journal.transcripts(iteration, groups, batch)
         journal.write(iteration)
 

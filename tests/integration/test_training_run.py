@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.integration.conftest import FineTuning
 pytestmark = pytest.mark.vllm
 
 FROZEN, FIRST_UPDATE, LAST = 0, 1, 2
+METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 @dataclass(frozen=True)
@@ -296,3 +298,29 @@ def test_trivial_batches_leave_the_weights_bit_for_bit(hopeless: TrainingRun, ro
         for folder in (root / "model", hopeless.model)
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def documented() -> dict[str, str]:
+    """Every metric of docs/metrics.md as a pattern, and when it is there."""
+    rows = re.findall(r"^\| `(\S+/\S+)` \|.*\| (.+) \|$", METRICS.read_text(), re.MULTILINE)
+    return {re.sub(r"<\w+>", r"\\w+", name): when for name, when in rows}
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_there(
+    trained: TrainingRun, hopeless: TrainingRun, fine_tuning: FineTuning
+) -> None:
+    lines = {
+        "iteration": trained.train + hopeless.train,
+        "update": trained.train,
+        "token_rm": trained.train,
+        "eval": trained.evaluations,
+        "sft": fine_tuning.metrics,
+        "if any": [],
+    }
+    patterns = documented()
+    for line in [line for group in lines.values() for line in group]:
+        found = {name for name in line if "/" in name}
+        assert not [n for n in found if not any(re.fullmatch(p, n) for p in patterns)]
+    for pattern, when in patterns.items():
+        for line in lines[when]:
+            assert any(re.fullmatch(pattern, name) for name in line), (pattern, line)

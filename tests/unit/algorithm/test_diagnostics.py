@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from megatron_oreal.algorithm.diagnostics import (
     calibration_error,
+    iteration_metrics,
     policy_metrics,
     rank_auc,
+    step_metrics,
     token_rm_metrics,
     token_weight_metrics,
 )
 from megatron_oreal.algorithm.objectives import policy_fields
 from megatron_oreal.algorithm.rollout_diagnostics import group_metrics, mismatch_metrics
-from megatron_oreal.config.schema import OrealConfig
+from megatron_oreal.config.schema import OrealConfig, ScheduleConfig
 from tests.unit.algorithm.groups import make_group, make_trajectory
 
 CFG = OrealConfig()
@@ -129,6 +131,30 @@ def test_auc_is_the_share_of_pairs_won(items):
     scores = torch.tensor([float(score) for score, _ in items])
     found = rank_auc(scores, torch.tensor([label for _, label in items]))
     assert found == pytest.approx(won / (len(positives) * len(negatives)), abs=1e-12)
+
+
+def test_steps_by_model():
+    assert step_metrics("oreal", 2.0, 1e-6) == {"oreal/grad_norm": 2, "oreal/learning_rate": 1e-6}
+    assert set(step_metrics("token_rm", 2.0, 1e-6)) == {
+        "token_rm/grad_norm",
+        "token_rm/learning_rate",
+    }
+
+
+@pytest.mark.parametrize(
+    ("iteration", "updates", "skipped"),
+    [(0, 0, 0), (9, 0, 0), (10, 1, 0), (10, 0, 1), (19, 7, 3)],
+)
+def test_iterations_without_a_step_are_counted_from_the_end_of_the_freeze(
+    iteration, updates, skipped
+):
+    schedule = ScheduleConfig(iterations=20, freeze_iterations=10)
+    found = iteration_metrics(schedule, iteration, trajectories=4, dropped=1, updates=updates)
+    assert found == {
+        "rollout/dropped_groups": 1,
+        "oreal/trajectories": 4,
+        "oreal/skipped_iterations": skipped,
+    }
 
 
 def test_calibration_of_the_ends():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
-from megatron_oreal.config.load import load_config
+from megatron_oreal.algorithm import objectives
+from megatron_oreal.config.load import config_keys, load_config
 from megatron_oreal.config.schema import Config, OptimizerConfig
 from megatron_oreal.config.validate import check_layout, check_model
 from megatron_oreal.models.registry import read_model
@@ -83,3 +86,26 @@ def test_the_stop_token_of_deepseek_is_written_in_its_own_characters() -> None:
     """Full-width bars and word separators, not ASCII."""
     stop = recipe("oreal_dsr1_7b").model.stop_token
     assert stop == "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+def test_the_reference_differs_from_the_defaults_in_the_keys_that_the_departures_list() -> None:
+    values = ["model.path=m", "data.path=d"]
+    ours, theirs = load_config([], values), load_config([ROOT / "configs/reference.yaml"], values)
+    before, after = (
+        {key: value_of(config, key) for key in config_keys()} for config in (ours, theirs)
+    )
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    assert changed == {
+        "verifier.unverified_is_incorrect": True,
+        "verifier.thinking_end_markers": ("<conclude>", "**Final Answer**", "</think>"),
+    }
+    assert all(f"`{key}" in (objectives.__doc__ or "") for key in changed)
+
+
+def test_the_departures_are_numbered() -> None:
+    numbers = re.findall(r"^(\d+)\. ", objectives.__doc__ or "", re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, 16)]
+
+
+def value_of(config: Config, key: str) -> object:
+    return reduce(getattr, key.split("."), config)
