@@ -68,10 +68,11 @@ class EngineConfig:
 
     tokens_per_micro_batch: int = 16384
     head_chunk_tokens: int = 512
+    max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 1, "tokens_per_micro_batch", "head_chunk_tokens")
+        at_least(self, 1, "tokens_per_micro_batch", "head_chunk_tokens", "max_skipped_steps")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,8 +15,8 @@ from megatron_oreal.config.schema import Config, OptimizerConfig
 from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition, lay_out
 from megatron_oreal.engine.optimizer import (
     build_optimizer,
+    gradient_norm,
     set_learning_rate,
-    update,
     wrap_for_training,
 )
 from megatron_oreal.engine.optimizer_state import (
@@ -73,11 +74,15 @@ class Head(Protocol):
 
 
 class StepResult(NamedTuple):
-    """`per_token[name][i]` is `[response_length of trajectory i]`, as it was before the update."""
+    """`per_token[name][i]` is `[response_length of trajectory i]`, as it was before the update.
+
+    `refused` names what was not finite, so that no weight was changed; empty after an update.
+    """
 
     per_token: dict[str, list[torch.Tensor]]
     loss: float
     grad_norm: float
+    refused: str
 
 
 class MegatronModel:
@@ -167,10 +172,10 @@ class MegatronModel:
         return self._spread(batch, head.names, records)
 
     def step(self, batch: PackedBatch, head: Head, learning_rate: float) -> StepResult:
-        """Runs the batch forward and backward and updates the weights once.
+        """Runs the batch forward and backward and updates the weights once, if all is finite.
 
-        Collective over the world. The values returned are those of the forward pass before the
-        update.
+        Collective over the world, whose ranks all update or all refuse to. The values returned are
+        those of the forward pass before the update.
         """
         assert self._optimizer is not None, "a frozen model takes no step"
         set_learning_rate(self._optimizer, learning_rate)
@@ -180,16 +185,19 @@ class MegatronModel:
                 stage.zero_grad_buffer()
             self._optimizer.zero_grad()
         records = self._run(batch, head, forward_only=False)
-        with cuda_on_cpu():
-            grad_norm = update(self._optimizer)
+        per_token = self._spread(batch, head.names, records)
         loss = sum((record.loss.cpu() for record in records), start=torch.zeros(()))
         if not self.topology.reports_scores:
             loss = torch.zeros(())
-        return StepResult(
-            self._spread(batch, head.names, records),
-            float(all_reduce_sum(loss.float())),
-            grad_norm,
-        )
+        total = float(all_reduce_sum(loss.float()))
+        with cuda_on_cpu():
+            grad_norm = gradient_norm(self._optimizer)
+            # The sum is the same on every rank, and not finite if the norm of any is not.
+            norms = float(all_reduce_sum(torch.tensor(grad_norm)))
+            refused = not_finite(per_token, total, norms)
+            if not refused:
+                self._optimizer.step()
+        return StepResult(per_token, total, grad_norm, refused)
 
     def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[_Record]:
         """Sends this data-parallel rank's micro-batches through the pipeline.
@@ -230,6 +238,18 @@ class MegatronModel:
                     values[record.slots] = record.per_token[name].float().cpu()
             spread[name] = list(all_reduce_sum(values).split(lengths))
         return spread
+
+
+def not_finite(
+    per_token: Mapping[str, Sequence[torch.Tensor]], loss: float, grad_norm: float
+) -> str:
+    """Returns the name of the first that is not finite, empty where all are."""
+    for name, values in per_token.items():
+        if not all(bool(value.isfinite().all()) for value in values):
+            return name
+    if not math.isfinite(loss):
+        return "loss"
+    return "" if math.isfinite(grad_norm) else "gradient norm"
 
 
 def _forward_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -56,11 +56,11 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["lr"] = learning_rate
 
 
-def update(optimizer: MegatronOptimizer) -> float:
-    """Updates the weights and returns the gradient's norm before clipping.
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Returns the norm of the gradient that the next `step` would clip; changes no weight.
 
-    Collective over the ranks that share the model.
+    Collective over the ranks that share the model. Without a loss scale, which bf16 and fp32 have
+    none of, `step` may prepare the same gradients once more.
     """
-    # What Megatron's optimizers return is not declared on their base class.
-    _, grad_norm, _ = cast("tuple[bool, float | None, int | None]", optimizer.step())
-    return float(grad_norm or 0)
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm() or 0)

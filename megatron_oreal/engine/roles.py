@@ -17,20 +17,28 @@ from megatron_oreal.types import PackedBatch
 
 
 class PolicyStep(NamedTuple):
-    """Per trajectory `[response_length]`, from the forward before the update; entropies in nats."""
+    """Per trajectory `[response_length]`, from the forward before the update; entropies in nats.
+
+    `refused` names what was not finite, where no weight was changed for it.
+    """
 
     logprobs: list[torch.Tensor]
     entropy: list[torch.Tensor]
     loss: float
     grad_norm: float
+    refused: str = ""
 
 
 class TokenRewardStep(NamedTuple):
-    """Token scores per trajectory `[response_length]`, from the forward before the update."""
+    """Token scores per trajectory `[response_length]`, from the forward before the update.
+
+    `refused` names what was not finite, where no weight was changed for it.
+    """
 
     scores: list[torch.Tensor]
     loss: float
     grad_norm: float
+    refused: str = ""
 
 
 class Reference:
@@ -70,7 +78,13 @@ class Policy(Reference):
         head = replace(self._head, objective=objective)
         result = self.model.step(batch, head, learning_rate)
         values = result.per_token
-        return PolicyStep(values["logprobs"], values["entropy"], result.loss, result.grad_norm)
+        return PolicyStep(
+            values["logprobs"],
+            values["entropy"],
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            refused=result.refused,
+        )
 
 
 class TokenRewardModel:
@@ -95,4 +109,9 @@ class TokenRewardModel:
         """
         head = replace(self._head, objective=objective)
         result = self.model.step(batch, head, learning_rate)
-        return TokenRewardStep(result.per_token["scores"], result.loss, result.grad_norm)
+        return TokenRewardStep(
+            result.per_token["scores"],
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            refused=result.refused,
+        )

@@ -34,6 +34,10 @@ class GroupSource(Protocol):
         """Returns one judged group a prompt, in their order; collective over the world."""
         ...
 
+    def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """Leaves a record of an iteration's groups, where there is none yet; not collective."""
+        ...
+
 
 @dataclass(frozen=True)
 class SampledGroups:
@@ -51,6 +55,11 @@ class SampledGroups:
         if self.config.rollout.record:
             self._record(groups, iteration)
         return groups
+
+    def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """See `GroupSource.keep`."""
+        if not self.config.rollout.record:
+            self._record(groups, iteration)
 
     def _generate(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
         sampling = self.config.sampling
@@ -118,6 +127,9 @@ class RecordedGroups:
             groups = self._decode(self._read(iteration), iteration)
             self._check_prompts(groups, prompts, iteration)
         return groups
+
+    def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """Does nothing: what came from a record has one."""
 
     def _read(self, iteration: int) -> bytes:
         """Reads on rank 0 what every rank returns; collective over the world."""

@@ -20,6 +20,7 @@ from megatron_oreal.trainer.group_source import GroupSource
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import PackedBatch
 
 
@@ -37,16 +38,17 @@ class OrealLoop:
     weight_sync: WeightSync | None
     rates: Rates
     journal: Journal
+    skipped: SkippedSteps
     engine_checked: bool = False
 
     def iterate(self, iteration: int) -> None:
         """Asks, has judged, and learns where a question is neither solved nor failed throughout."""
         cfg, journal = self.config, self.journal
         prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
-        groups = self.source.answer(prompts, iteration)  # l. 5-6
-        journal.groups(groups)
+        judged = self.source.answer(prompts, iteration)  # l. 5-6
+        journal.groups(judged)
         groups, dropped = shaping.drop_unverified(
-            groups, cfg.verifier.max_unverified_share, cfg.verifier.unverified_is_incorrect
+            judged, cfg.verifier.max_unverified_share, cfg.verifier.unverified_is_incorrect
         )
         groups = shaping.shape_rewards(groups, cfg.oreal)  # l. 7
         trajectories = selection.select(groups, cfg.oreal, cfg.run.seed, iteration)  # l. 8-9
@@ -57,7 +59,11 @@ class OrealLoop:
             batch = self._update(batch, weights, iteration)  # l. 12
         journal.iteration(iteration, len(trajectories), dropped, self.rates.policy_updates)
         journal.transcripts(iteration, groups, batch)
+        if self.skipped.reasons:
+            self.source.keep(judged, iteration)
+        journal.add({"oreal/skipped_steps": len(self.skipped.reasons)})
         journal.write(iteration)
+        self.skipped.end_iteration(iteration)
 
     def _check_engine(self, batch: PackedBatch) -> None:
         """Refuses to train, once, if policy and engine score the same tokens too differently."""
@@ -83,7 +89,8 @@ class OrealLoop:
         rate = self.rates.token_rm(iteration)
         with self.journal.phase("token_rm"):
             step = self.token_rm.step(batch, objective, rate)
-        self.rates.token_rm_updates += 1
+        if self.skipped.took("token_rm", step):
+            self.rates.token_rm_updates += 1
         self.journal.token_rm(batch, step, rate)
         rewards = [t.reward for t in batch.trajectories]
         return token_weights(step.scores, rewards, self.config.oreal.token_weights)
@@ -104,7 +111,7 @@ class OrealLoop:
                 self.policy.logprobs(batch) if frozen else self.policy.step(batch, objective, rate)
             )
         self.journal.policy(batch, step, rate)
-        if not frozen:
+        if not frozen and self.skipped.took("policy", step):
             self.rates.policy_updates += 1
             self.push_weights()
         return batch

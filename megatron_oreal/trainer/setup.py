@@ -29,6 +29,7 @@ from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
 from megatron_oreal.trainer.resume import LoopProgress, find_checkpoint, read_progress
+from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Prompt
 from megatron_oreal.verify.cascade import Verifier
 
@@ -82,6 +83,7 @@ class TrainingRun:
             policy_updates=self.loop.rates.policy_updates,
             token_rm_updates=self.loop.rates.token_rm_updates,
             engine_checked=self.loop.engine_checked,
+            skipped_in_a_row=self.loop.skipped.in_a_row,
             before=before,
         )
         with self.journal.phase("checkpoint"):
@@ -190,6 +192,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             weight_sync=WeightSync(source.stream(policy), engines.engine) if engines else None,
             rates=Rates(config, done.policy_updates, done.token_rm_updates),
             journal=journal,
+            skipped=SkippedSteps(config.engine.max_skipped_steps, done.skipped_in_a_row),
             engine_checked=done.engine_checked,
         )
         yield TrainingRun(

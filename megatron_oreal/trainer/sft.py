@@ -29,6 +29,7 @@ from megatron_oreal.trainer.resume import (
     stop_on_signal,
 )
 from megatron_oreal.trainer.setup import check_vocabulary
+from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Trajectory
 
 
@@ -45,6 +46,7 @@ class FineTuning:
     models: dict[str, StoredModel]
     progress: SftProgress
     resumed: Resumed | None
+    skipped: SkippedSteps
 
     def step(self, number: int, packer: Packer, schedule: ScheduleConfig) -> None:
         """Takes one step and writes its metrics; collective over the world."""
@@ -53,15 +55,18 @@ class FineTuning:
         tokens = sum(trajectory.response_length for trajectory in trajectories)
         with self.journal.phase("sft"):
             step = self.policy.step(packer.pack(trajectories), sft_objective(tokens), rate)
+        self.skipped.took("policy", step)
         self.journal.add(
             {
                 "sft/loss": step.loss,
                 "sft/grad_norm": step.grad_norm,
                 "sft/learning_rate": rate,
                 "sft/response_tokens": tokens,
+                "sft/skipped_steps": len(self.skipped.reasons),
             }
         )
         self.journal.write(number)
+        self.skipped.end_iteration(number)
 
     def save(self, done: int) -> None:
         """Saves the run after so many steps; collective over the world."""
@@ -138,7 +143,16 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
             if resumed:
                 resumed.restore(models)
         yield FineTuning(
-            config, source, policy, steps, journal, checkpointer, models, progress, resumed
+            config=config,
+            source=source,
+            policy=policy,
+            batches=steps,
+            journal=journal,
+            checkpointer=checkpointer,
+            models=models,
+            progress=progress,
+            resumed=resumed,
+            skipped=SkippedSteps(config.engine.max_skipped_steps),
         )
 
 
