@@ -87,6 +87,7 @@ def transformer_config(
     """Returns Megatron's configuration of these dimensions under this layout."""
     dtype = DTYPES[precision]
     interleaved = parallel.virtual_pipeline > 1
+    on_cpu = compute_device().type == "cpu"
     return TransformerConfig(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -119,14 +120,16 @@ def transformer_config(
         # Dense models have no experts, yet the default dispatcher is refused with varying lengths.
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # Megatron adds up, the objective divides
-        use_cpu_initialization=compute_device().type == "cpu",
+        use_cpu_initialization=on_cpu,
         perform_initialization=False,  # every weight comes from a checkpoint
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # Interleaved, outputs are freed while they are being sent. Streams make that safe; gloo reads
+        # the memory only once the receiver asks.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and not on_cpu,
     )
 
 

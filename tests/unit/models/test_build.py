@@ -64,3 +64,9 @@ def test_stages_exchange_micro_batches_of_any_length(stages, varies):
     config = transformer_config(DIMS, ParallelConfig(pipeline=stages), "fp32")
     assert config.pipeline_model_parallel_size == stages
     assert config.variable_seq_lengths == varies
+
+
+def test_gloo_sends_nothing_that_is_freed_meanwhile() -> None:
+    """It reads an output when the receiver asks; Megatron frees it before that where it may."""
+    interleaved = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    assert not transformer_config(DIMS, interleaved, "fp32").deallocate_pipeline_outputs
