@@ -112,10 +112,9 @@ class MegatronModel:
             head=head,
             seed=config.run.seed,
         )
-        # Weights come before the optimizer, which copies them into its own precision.
-        load(self._stored_in_a_checkpoint())
-        self._wrapped: Sequence[PackedGPT | DistributedDataParallel] = self.stages
         self._optimizer = None
+        self.load(load)
+        self._wrapped: Sequence[PackedGPT | DistributedDataParallel] = self.stages
         if optimizer is None:
             # Still `requires_grad`: Megatron multiplies by frozen weights in another way, which
             # rounds differently, and a reference equal to the policy must score equally.
@@ -129,6 +128,17 @@ class MegatronModel:
         settings = self.stages[0].config  # all stages' own
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self._optimizer.scale_loss
+
+    def load(self, load: Load) -> None:
+        """Fills the parameters; collective where `load` is.
+
+        An optimizer that is there already goes on from them: its weights are theirs afterwards, its
+        moments stay.
+        """
+        load(self._stored_in_a_checkpoint())
+        if self._optimizer is not None:
+            # It has copies of its own of bf16 parameters, and would write them back.
+            self._optimizer.reload_model_params()
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's live parameters by Megatron's names, layers counted over the whole model."""
