@@ -31,7 +31,7 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install overlay check test quickstart layouts nightly clean
+.PHONY: help install overlay check test quickstart layouts invariance nightly clean
 
 help:
 	cat <<'TEXT'
@@ -41,6 +41,7 @@ help:
 	make install      .venv with the whole pinned CPU stack ($(LOCK)) and this project in it
 	make overlay      Megatron-Core $(NEWER_MEGATRON) beside it, put before the older one by PYTHONPATH=$(OVERLAY)
 	make layouts      two whole iterations on four ranks under each parallel layout
+	make invariance   one batch under every layout of up to four ranks, the numbers into docs/invariance.md
 	make nightly      everything, the slow tests too, on both versions of Megatron-Core
 	make clean        removes .venv and .overlay
 
@@ -127,6 +128,14 @@ quickstart: $(STAMP)
 
 layouts: $(STAMP)
 	$(BIN)/python -m tests.integration.layouts
+
+invariance: $(STAMP) $(OVERLAY_STAMP)
+	measured=$$(mktemp -d)
+	trap 'rm -rf "$$measured"' EXIT
+	program="$(BIN)/python -W ignore -m tests.parallel.invariance"
+	$$program measure "$$measured/1.json"
+	PYTHONPATH=$(CURDIR)/$(OVERLAY) $$program measure "$$measured/2.json"
+	$$program write docs/invariance.md "$$measured"/*.json
 
 nightly: test layouts
 	$(BIN)/pytest tests -m slow

@@ -90,10 +90,11 @@ def write_model(folder: Path, *, tied: bool) -> Path:
     return write_toy(folder, "qwen2_tied" if tied else "qwen2")
 
 
-def write_toy(folder: Path, toy: str, **changes: object) -> Path:
+def write_toy(folder: Path, toy: str, spread: float = 0.25, **changes: object) -> Path:
     """Writes random weights, norms and biases random too, large enough to tell tokens apart.
 
-    `changes` are to its `config.json`.
+    `spread` is the standard deviation of all but norms; `changes` are keys of `config.json` that
+    differ from the toy's.
     """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG_JSON | TOYS[toy] | changes))
@@ -102,7 +103,7 @@ def write_toy(folder: Path, toy: str, **changes: object) -> Path:
     family, dims = read_model(folder)
     for name, shape in family.tensors(dims).items():
         drawn = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.3 * drawn if "norm" in name else 0.25 * drawn
+        tensors[name] = 1 + 0.3 * drawn if "norm" in name else spread * drawn
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

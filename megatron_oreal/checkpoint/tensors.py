@@ -58,7 +58,7 @@ class StoredModel:
         held = [
             region
             for name, shard in self.model.optimizer_shards().items()
-            for region in self._regions_of(name, shard)
+            for region in self.regions_of(name, shard)
         ]
         payloads = all_gather_bytes(msgspec.msgpack.encode(held))
         sources = [msgspec.msgpack.decode(payload, type=list[Region]) for payload in payloads]
@@ -101,14 +101,14 @@ class StoredModel:
                 parameter.copy_(_assemble(stored, "weight", parameter, self._by_parameter[name]))
             self.model.set_steps_taken(steps)
             for name, shard in self.model.optimizer_shards().items():
-                regions = self._regions_of(name, shard)
+                regions = self.regions_of(name, shard)
                 parameter = self.model.parameters()[name]
                 for state, values in shard.tensors.items():
                     whole = _assemble(stored, state, parameter, regions)
                     values.copy_(whole.view(-1)[shard.start : shard.start + len(values)])
 
-    def _regions_of(self, name: str, shard: OptimizerShard) -> list[Region]:
-        """Returns a parameter's regions as far as they lie in this shard of it."""
+    def regions_of(self, name: str, shard: OptimizerShard) -> list[Region]:
+        """Returns a parameter's regions as far as they lie in this shard of it; not collective."""
         shape = tuple(self.model.parameters()[name].shape)
         stop = shard.start + len(shard.tensors["weight"])
         return [

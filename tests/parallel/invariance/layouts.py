@@ -1,0 +1,104 @@
+"""The layouts whose numbers must agree: a pure list of all, and a few that meet every pair."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
+
+from tests.parallel.invariance.inputs import HEADS, LAYERS
+
+MOST_RANKS = 4
+DEGREES = range(1, MOST_RANKS + 1)
+Choice = tuple[str, object]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch goes through the models; none of it may change a number.
+
+    `tight` is a micro-batch budget that holds a trajectory or a few, else one micro-batch holds
+    all. Two choices are the model's: whether its embeddings are `tied`, and its precision; the
+    bands of bf16 are wider.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    tight: bool = False
+    distributed_optimizer: bool = False
+    tied: bool = False
+    bf16: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Processes it takes."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def shape(self) -> str:
+        """The parallel part of it, in words."""
+        names = ("tp", "pp", "vpp", "cp", "dp")
+        degrees = {name: getattr(self, name) for name in names}
+        words = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+        words += ["sp"] * self.sequence_parallel
+        return " ".join(words) or "one rank"
+
+    def __str__(self) -> str:
+        """All of it, in words."""
+        switches = {
+            "bf16": self.bf16,
+            "tied": self.tied,
+            "micro-batches": self.tight,
+            "distributed optimizer": self.distributed_optimizer,
+        }
+        return ", ".join([self.shape, *(word for word, on in switches.items() if on)])
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the toy can be cut so."""
+        return (
+            self.ranks <= MOST_RANKS
+            and HEADS % self.tp == 0
+            and LAYERS % (self.pp * self.vpp) == 0
+            and (self.pp > 1 or self.vpp == 1)
+            and (self.tp > 1 or not self.sequence_parallel)
+        )
+
+    @property
+    def plain(self) -> Layout:
+        """One rank, one micro-batch, no switch on: what it is compared with."""
+        return Layout(tied=self.tied, bf16=self.bf16, distributed_optimizer=self.bf16)
+
+
+def full_product() -> list[Layout]:
+    """Every valid layout of the untied model in fp32; tied, and in bf16, every shape once."""
+    off_on = (False, True)
+    drawn = product(*[DEGREES] * 5, off_on, off_on, off_on)
+    valid = [layout for choices in drawn if (layout := Layout(*choices)).is_valid]
+    once = {
+        layout.shape: layout for layout in valid if layout.tight and layout.distributed_optimizer
+    }
+    tied = [replace(layout, tied=True) for layout in once.values()]
+    bf16 = [replace(layout, bf16=True) for layout in once.values()]
+    return sorted([*valid, *tied, *bf16], key=lambda layout: layout.ranks)
+
+
+def covering_set(layouts: list[Layout]) -> list[Layout]:
+    """Picks layouts until each pair of choices that occurs in one of `layouts` has been met.
+
+    Greedy: the one that meets most that are new, the first of them where several do.
+    """
+    missing = {pair for layout in layouts for pair in _pairs(layout)}
+    chosen = []
+    while missing:
+        best = max(layouts, key=lambda layout: len(missing & _pairs(layout)))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _pairs(layout: Layout) -> set[tuple[Choice, Choice]]:
+    return set(combinations(asdict(layout).items(), 2))
