@@ -189,7 +189,7 @@ def _gradients(source: ModelSource, model: Policy | TokenRewardModel) -> Tensors
     """
     gradients = {
         name: cast("Any", parameter).main_grad.clone()
-        for name, parameter in model.model.module.named_parameters()
+        for name, parameter in model.model.named_parameters().items()
     }
     head, dims = {}, source.dims
     if isinstance(model, TokenRewardModel):
