@@ -143,7 +143,13 @@ def step_metrics(model: str, grad_norm: float, learning_rate: float) -> dict[str
 
 
 def iteration_metrics(
-    schedule: ScheduleConfig, iteration: int, *, trajectories: int, dropped: int, updates: int
+    schedule: ScheduleConfig,
+    iteration: int,
+    *,
+    trajectories: int,
+    dropped: int,
+    updates: int,
+    refused: int,
 ) -> dict[str, float]:
     """Says what an iteration came to, also one that trained on nothing.
 
@@ -152,6 +158,8 @@ def iteration_metrics(
     - `oreal/trajectories`: answers trained on; 0 where every question was trivial.
     - `oreal/skipped_iterations`: iterations since the start, frozen ones left out, in which the
       policy took no step: max(0, iteration + 1 - freeze_iterations) - updates.
+    - `oreal/skipped_steps`: models, policy and token_rm, whose step in this iteration was refused
+      because a number was not finite.
 
     Args:
         schedule: tells how long the policy is frozen.
@@ -159,12 +167,14 @@ def iteration_metrics(
         trajectories: of this iteration.
         dropped: groups of this iteration.
         updates: steps the policy has taken since the start, this iteration's included.
+        refused: steps of this iteration.
     """
     due = max(0, iteration + 1 - schedule.freeze_iterations)
     return {
         "rollout/dropped_groups": float(dropped),
         "oreal/trajectories": float(trajectories),
         "oreal/skipped_iterations": float(due - updates),
+        "oreal/skipped_steps": float(refused),
     }
 
 

@@ -111,17 +111,9 @@ class Journal:
         self.add(rollout_diagnostics.mismatch_metrics(step.logprobs, rollout))
         self.add(diagnostics.step_metrics("oreal", step.grad_norm, rate))
 
-    def iteration(self, iteration: int, trajectories: int, dropped: int, updates: int) -> None:
-        """Records what an iteration came to; `updates` are the policy's so far."""
-        self.add(
-            diagnostics.iteration_metrics(
-                self.config.schedule,
-                iteration,
-                trajectories=trajectories,
-                dropped=dropped,
-                updates=updates,
-            )
-        )
+    def iteration(self, iteration: int, **counts: int) -> None:
+        """Records what an iteration came to; see `diagnostics.iteration_metrics`."""
+        self.add(diagnostics.iteration_metrics(self.config.schedule, iteration, **counts))
 
     def write(self, iteration: int, kind: Kind = "train") -> None:
         """Writes the metrics gathered since the last call, and the seconds of each phase."""

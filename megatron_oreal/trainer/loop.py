@@ -57,11 +57,16 @@ class OrealLoop:
             self._check_engine(batch)
             weights = self._weigh(batch, iteration)  # l. 10-11
             batch = self._update(batch, weights, iteration)  # l. 12
-        journal.iteration(iteration, len(trajectories), dropped, self.rates.policy_updates)
+        journal.iteration(
+            iteration,
+            trajectories=len(trajectories),
+            dropped=dropped,
+            updates=self.rates.policy_updates,
+            refused=len(self.skipped.reasons),
+        )
         journal.transcripts(iteration, groups, batch)
         if self.skipped.reasons:
             self.source.keep(judged, iteration)
-        journal.add({"oreal/skipped_steps": len(self.skipped.reasons)})
         journal.write(iteration)
         self.skipped.end_iteration(iteration)
 

@@ -36,6 +36,7 @@ from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import PackedBatch, Prompt, RolloutGroup
 from megatron_oreal.weights.bridge import open_stream
 from tests.parity.cases import Case, make_groups
@@ -92,6 +93,9 @@ class HandedGroups:
     def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:  # noqa: ARG002
         """See `GroupSource.answer`."""
         return self.groups
+
+    def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """See `GroupSource.keep`."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ def _see(models: Models, folder: Path, case: Case) -> Seen:
             weight_sync=None,
             rates=Rates(config),
             journal=journal,
+            skipped=SkippedSteps(most=1),
             engine_checked=True,
         )
         loop.iterate(0)

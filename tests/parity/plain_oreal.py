@@ -105,6 +105,7 @@ def plain_oreal(
         "oreal/negative_tokens": float(total_minus),
         "oreal/trajectories": float(chosen.sum()),
         "oreal/skipped_iterations": 0.0,
+        "oreal/skipped_steps": 0.0,
     }
     metrics |= _weight_metrics(weight, mask, plus, minus)
     error = (pi.log() - answers.rollout_logprobs)[mask]

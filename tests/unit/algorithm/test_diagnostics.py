@@ -149,11 +149,14 @@ def test_iterations_without_a_step_are_counted_from_the_end_of_the_freeze(
     iteration, updates, skipped
 ):
     schedule = ScheduleConfig(iterations=20, freeze_iterations=10)
-    found = iteration_metrics(schedule, iteration, trajectories=4, dropped=1, updates=updates)
+    found = iteration_metrics(
+        schedule, iteration, trajectories=4, dropped=1, updates=updates, refused=2
+    )
     assert found == {
         "rollout/dropped_groups": 1,
         "oreal/trajectories": 4,
         "oreal/skipped_iterations": skipped,
+        "oreal/skipped_steps": 2,
     }
 
 
