@@ -127,8 +127,8 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        # Interleaved, outputs are freed while they are being sent. Streams make that safe; gloo reads
-        # the memory only once the receiver asks.
+        # Interleaved, outputs are freed while they are being sent. Streams make that safe; gloo
+        # reads the memory only once the receiver asks.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not on_cpu,
     )
 
