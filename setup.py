@@ -21,6 +21,8 @@ REQUIRED = [
     "sympy>=1.13",
     # Asks judges, where `judge.when` wants one; vllm needs it as well.
     "openai>=3",
+    # Asks rollout servers; transformers' huggingface_hub needs it as well.
+    "httpx>=0.28",
     # YAML plus key=value on the command line, against the dataclasses of config/schema.py.
     "omegaconf>=2.4,<3",
     # JSON lines checked against a declared record, with the field named in the error.
@@ -64,5 +66,9 @@ setup(
     packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-oreal = megatron_oreal.cli:main"]},
+    entry_points={
+        "console_scripts": ["megatron-oreal = megatron_oreal.cli:main"],
+        # A rollout server finds the weight-transfer engine here, in each of its processes.
+        "vllm.general_plugins": ["megatron_oreal = megatron_oreal.rollout.vllm_plugin:register"],
+    },
 )

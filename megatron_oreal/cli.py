@@ -1,6 +1,6 @@
-"""The command line: `megatron-oreal train | sft | evaluate | doctor | plan`.
+"""The command line: `megatron-oreal train | sft | evaluate | doctor | plan | serve`.
 
-All but the last run alone or under torchrun or srun.
+All but the last two run alone or under torchrun or srun.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ examples:
   megatron-oreal doctor --config configs/oreal_7b.yaml
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
   megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
+  megatron-oreal serve --config configs/my.yaml --port 8000
 
 A run that SIGTERM or SIGUSR1 stops is saved, ends with status 75 and, started again, goes on.
 Every key, its unit and its default stand in configs/base.yaml.
@@ -140,7 +142,16 @@ def _run(options: argparse.Namespace, config: Config) -> int:
         stop_world()
 
 
-_COMMANDS = {"plan": _plan, "doctor": _doctor}  # all others run on ranks
+def _serve(options: argparse.Namespace, config: Config) -> int:
+    """Becomes a rollout server."""
+    from megatron_oreal.rollout.vllm_arguments import server_command, server_environment
+
+    command = server_command(config, options.host, options.port)
+    print(shlex.join(command), flush=True)  # noqa: T201  what is started
+    os.execve(command[0], command, server_environment(config))
+
+
+_COMMANDS = {"plan": _plan, "doctor": _doctor, "serve": _serve}  # all others run on ranks
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +178,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
     _plan_command(commands)
+    serve = _command(
+        commands, "serve", "serve rollouts to a run of this config", optional=("data.path",)
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="port (8000)")
     return parser
 
 
@@ -192,7 +208,7 @@ def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     weights.add_argument(
         "--whole-tensors",
         action="store_true",
-        help="every rank gets every tensor whole and cuts its part out, as a run does so far",
+        help="every rank gets every tensor whole, as where vLLM packs its parameters",
     )
 
 

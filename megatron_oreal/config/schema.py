@@ -108,9 +108,12 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """The vLLM engines inside the training ranks."""
+    """The vLLM engines, inside the training ranks or as servers."""
 
-    backend: Literal["vllm"] = "vllm"
+    backend: Literal["vllm", "vllm_server"] = "vllm"
+    server_hosts: tuple[str, ...] = ()
+    server_wait_s: float = 600.0
+    server_transfer: Literal["gloo", "nccl"] = "gloo"
     tensor_parallel: int = 1
     max_sequences: int = 256
     kv_cache_gib: int = 1
@@ -118,6 +121,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     max_mean_logprob_difference: float = 0.1
     sync_round_mib: int = 256
+    check_sync: Literal["start", "always"] = "start"
     record: bool = True
     replay: str | None = None
 
@@ -126,6 +130,13 @@ class RolloutConfig:
         at_least(self, 1, "tensor_parallel", "max_sequences", "kv_cache_gib", "sync_round_mib")
         positive_share(self, "gpu_memory_utilization")
         above_zero(self, "max_mean_logprob_difference")
+        at_least(self, 0, "server_wait_s")
+        hosts = self.server_hosts
+        web = len(set(hosts)) == len(hosts) and all(host.startswith("http://") for host in hosts)
+        require(web, "server_hosts", list(hosts), "name each server once, http://host:port")
+        served = self.backend == "vllm_server"
+        fix = "name servers, http://host:port" if served else "set rollout.backend=vllm_server"
+        require(bool(hosts) == served, "server_hosts", list(hosts), fix)
 
 
 @dataclass(frozen=True)

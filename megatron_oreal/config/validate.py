@@ -55,6 +55,8 @@ def check_engines(config: Config, world_size: int) -> None:
     Raises:
         UserError: naming the engine's tensor parallelism and WORLD_SIZE.
     """
+    if config.rollout.backend == "vllm_server":
+        return  # they are not among these ranks
     engine = config.rollout.tensor_parallel
     require(
         world_size % engine == 0,

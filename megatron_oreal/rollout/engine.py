@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from megatron_oreal.config.schema import SamplingConfig
     from megatron_oreal.types import Rollout
+    from megatron_oreal.weights.sums import Checksums
+    from megatron_oreal.weights.vllm_layout import LiveShard
 
 Advance = Callable[[int], None]
 """Told how many more requests are done; local to a rank. The calls of one `generate` sum to all."""
@@ -42,16 +44,40 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    @property
+    def receivers(self) -> Collection[int] | None:
+        """World ranks that hand whole tensors to the engine; None: all of them."""
+        ...
+
+    def live_shard(self) -> LiveShard | None:
+        """Returns the parameters that this rank's part of the engine computes with; not collective.
+
+        They stay where they are as long as the engine lives. Whether they may be written is for the
+        caller to find out. None: they are in no reach, and `load_weights` is the way.
+        """
+        ...
+
+    def load_weights(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], expected: Checksums | None = None
+    ) -> list[str]:
         """Replaces all weights and forgets every cached prefix.
 
-        `tensors` are Hugging Face names and full tensors, the same in the same order on every rank;
-        the iterator may itself be collective, each rank draws all of it. A tensor must not change
-        until the call returns.
+        `tensors` are Hugging Face names and full tensors, in the same order on every receiver and
+        nothing on other ranks; the iterator may itself be collective, each rank draws all of it. A
+        tensor must not change until the call returns.
+
+        Returns:
+            With `expected`, the checksums of all tensors, the names of those that the engine does
+            not have so, as far as this rank can tell; else nothing.
 
         Raises:
             ValueError: if the names are not those of the model's checkpoint.
+            UserError: on every rank, if an engine in other processes fails.
         """
+        ...
+
+    def forget_prefixes(self) -> None:
+        """Forgets every cached prefix, after weights were written in place."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 from uuid import uuid4
 
 import torch
@@ -26,8 +26,11 @@ from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
-from megatron_oreal.rollout.vllm_live import LiveCheck
+from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets
+from megatron_oreal.rollout.vllm_arguments import engine_arguments
+from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Rollout
+from megatron_oreal.weights.vllm_layout import LiveShard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +41,10 @@ if TYPE_CHECKING:
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
     from megatron_oreal.rollout.engine import Advance, Request
+    from megatron_oreal.weights.sums import Checksums
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES: dict[Precision, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
-_GIB = 1 << 30
+_HEAD = "lm_head.weight"
 _CPU_WORKER = "megatron_oreal.rollout.vllm_cpu_worker.NamedCpuWorker"
-_PREFILL_TOKENS = 8192  # at least so many prompt tokens a step
 
 
 class VllmInProcess:
@@ -81,23 +82,23 @@ class VllmInProcess:
             )
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.backend=vllm: vLLM is not installed; see README, Install")
-        self._n_engines, self._engine = world_size() // tp, world_rank() // tp
+        self._tp, self._n_engines, self._engine = tp, world_size() // tp, world_rank() // tp
         self._speaks = world_rank() % tp == 0
         self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
         self._stop_token_id, self._decode = stop_token_id, decode
         with process_state_kept(_environment(verbose)), _quiet(verbose):
             self._llm = _start(model_path, config, precision, max_total_tokens)
-        tied = self._llm.model_config.hf_config.tie_word_embeddings
-        self._names = _tensor_names(model_path) - ({_HEAD} if tied else set())
+        self._tied = bool(self._llm.model_config.hf_config.tie_word_embeddings)
+        self._names = _tensor_names(model_path) - ({_HEAD} if self._tied else set())
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
     ) -> list[Rollout]:
         """Samples one response a request; see `RolloutEngine.generate`."""
-        budgets = [self._budget(request, sampling) for request in requests]
+        budgets = response_budgets(requests, sampling, self._max_total_tokens)
         lengths = [len(r.tokens) + n for r, n in zip(requests, budgets, strict=True)]
         own = deal(lengths, self._n_engines)[self._engine]
-        progress = _Progress(len(own), len(requests), advance)
+        progress = SharedProgress(len(own), len(requests), advance)
         rollouts: dict[int, Rollout] = {}
         with random_state_kept(), self._compilation():
             for index in own:
@@ -110,22 +111,40 @@ class VllmInProcess:
         progress.finish()
         return gathered
 
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    @property
+    def receivers(self) -> None:
+        """All ranks; see `RolloutEngine.receivers`."""
+        return
+
+    def live_shard(self) -> LiveShard:
+        """Returns what this rank's vLLM computes with; see `RolloutEngine.live_shard`."""
+        (parameters,) = self._llm.apply_model(lambda model: dict(model.named_parameters()))
+        return LiveShard(parameters, world_rank() % self._tp, self._tp)
+
+    def load_weights(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], expected: Checksums | None = None
+    ) -> list[str]:
         """Replaces all weights; see `RolloutEngine.load_weights`.
 
         vLLM keeps a tensor until its layer is complete. Tied embeddings come once, as in the
-        checkpoint; the head's copy of them, which vLLM packs on a CPU, is served from here. What
-        vLLM then computes with is read back and compared, see `vllm_live`.
+        checkpoint; the head's copy of them, which vLLM packs on a CPU, is served from here. Where
+        weights are checked, what vLLM computes with is read back, see `vllm_live`.
         """
         names: set[str] = set()
-        (check,) = self._llm.apply_model(LiveCheck)
-        weights = check.noted(self._with_tied_head(tensors, names))
+        weights = with_tied_head(named(tensors, names), self._tied)
+        check = None
+        if expected is not None:
+            (check,) = self._llm.apply_model(LiveCheck)
+            weights = check.noted(weights)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if names != self._names:
             missing, unknown = sorted(self._names - names), sorted(names - self._names)
             raise ValueError(f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}")
-        if differing := check.differing():
-            raise RuntimeError(f"vLLM computes with another {differing[0]} than it was handed")
+        self.forget_prefixes()
+        return check.differing() if check else []
+
+    def forget_prefixes(self) -> None:
+        """Forgets every cached prefix; see `RolloutEngine.forget_prefixes`."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: a request is still running")
 
@@ -140,28 +159,6 @@ class VllmInProcess:
         if self._eager and not has_gpu():
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()
-
-    def _with_tied_head(
-        self, tensors: Iterator[tuple[str, torch.Tensor]], names: set[str]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        embedding = None
-        for name, tensor in tensors:
-            names.add(name)
-            if name == _EMBEDDING:
-                embedding = tensor
-            yield name, tensor
-        if embedding is not None and _HEAD not in self._names:
-            yield _HEAD, embedding
-
-    def _budget(self, request: Request, sampling: SamplingConfig) -> int:
-        window = min(sampling.max_total_tokens, self._max_total_tokens)
-        room = window - len(request.tokens)
-        if room < 1:
-            raise UserError(
-                f"sampling.max_total_tokens={window}: a prompt of {len(request.tokens)} tokens "
-                "leaves no room for a response; raise it or drop the prompt"
-            )
-        return min(sampling.max_new_tokens, room)
 
     def _add(self, index: int, request: Request, sampling: SamplingConfig, budget: int) -> None:
         from vllm import SamplingParams, TokensPrompt
@@ -192,27 +189,6 @@ class VllmInProcess:
             text=self._decode(tokens),
             stopped=answer.finish_reason == "stop",
         )
-
-
-class _Progress:
-    """Turns one engine's finished requests into an estimate for all, exact at the end."""
-
-    def __init__(self, n_own: int, n_all: int, advance: Advance) -> None:
-        self._n_own, self._n_all, self._advance = n_own, n_all, advance
-        self._told = 0
-
-    def report(self, n_done: int) -> None:
-        """Takes the number of own requests that are done."""
-        self._tell(self._n_all * n_done // self._n_own)
-
-    def finish(self) -> None:
-        """Takes that all ranks are done."""
-        self._tell(self._n_all)
-
-    def _tell(self, total: int) -> None:
-        if total > self._told:
-            self._advance(total - self._told)
-            self._told = total
 
 
 def _environment(verbose: bool) -> dict[str, str]:
@@ -251,27 +227,11 @@ def _start(
 
     name = broadcast_bytes(uuid4().hex.encode()).decode()
     arguments = EngineArgs(
-        model=model_path,
-        skip_tokenizer_init=True,
-        dtype=_DTYPES[precision],
-        max_model_len=max_total_tokens,
-        max_num_seqs=config.max_sequences,
-        # A split prompt would step its seeded generator with no token to show; on a CPU it fails.
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(max_total_tokens, config.max_sequences, _PREFILL_TOKENS),
-        tensor_parallel_size=config.tensor_parallel,
+        **engine_arguments(model_path, config, precision, max_total_tokens),
         distributed_executor_backend="external_launcher",
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_memory_bytes=None if has_gpu() else config.kv_cache_gib * _GIB,
         worker_cls="auto" if has_gpu() else _CPU_WORKER,
         additional_config={"engine_name": name},
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=True,
-        logprobs_mode="raw_logprobs",
-        generation_config="vllm",  # or the model's own sampling defaults and end tokens come in
         use_tqdm_on_load=False,
-        disable_log_stats=True,
-        seed=0,
     )
     try:
         return LLMEngine.from_engine_args(arguments)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COLUMNS = 64  # of each matrix, evenly spaced, first and last among them
 _ALL = slice(None)
 
@@ -45,6 +46,19 @@ class _Part:
             return tensor[self.cut.rows].clone()
         piece = tensor[self.cut.rows, self.cut.columns]
         return piece[:, _sampled_columns(piece.shape[1]).to(piece.device)]
+
+
+def with_tied_head(
+    tensors: Iterator[tuple[str, torch.Tensor]], tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Passes the tensors of a checkpoint on, and tied embeddings a second time, as the head.
+
+    On a CPU vLLM packs a copy of them for the head, which would stay as it was.
+    """
+    for name, tensor in tensors:
+        yield name, tensor
+        if tied and name == _EMBEDDING:
+            yield _HEAD, tensor
 
 
 class LiveCheck:

@@ -26,6 +26,9 @@ def evaluate(config: Config, *, as_json: bool) -> None:
     """
     if config.evaluation.path is None:
         raise UserError("evaluation.path=null: name the JSONL file of held-out questions")
+    if config.rollout.backend == "vllm_server":
+        # Nobody knows whose weights a server holds: a run may have been there before.
+        raise UserError("rollout.backend=vllm_server: evaluate loads model.path; set vllm")
     check_engines(config, world_size())
     texts = read_texts(config, training=False)
     engine = start_engine(config, texts)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_oreal.algorithm import objectives, selection, shaping
-from megatron_oreal.algorithm.rollout_diagnostics import mismatch_metrics
 from megatron_oreal.algorithm.schedule import policy_is_frozen
 from megatron_oreal.algorithm.token_weights import token_weights, uniform_weights
-from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.sampler import PromptSampler
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
@@ -19,6 +16,7 @@ from megatron_oreal.rollout.weight_sync import WeightSync
 from megatron_oreal.trainer.group_source import GroupSource
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.probe import check_difference
 from megatron_oreal.trainer.rates import Rates
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import PackedBatch
@@ -76,14 +74,7 @@ class OrealLoop:
             return
         with self.journal.phase("check"):
             logprobs = self.policy.logprobs(batch).logprobs
-        sampled = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
-        mean = mismatch_metrics(logprobs, sampled)["rollout/mismatch_mean"]
-        bound = self.config.rollout.max_mean_logprob_difference
-        if not mean <= bound:
-            raise UserError(
-                f"rollout.max_mean_logprob_difference={bound}: policy and rollout engine differ by"
-                f" {mean:.3g} a token on the same weights; make their precisions alike or raise it"
-            )
+        check_difference(logprobs, batch.trajectories, self.config)
         self.engine_checked = True
 
     def _weigh(self, batch: PackedBatch, iteration: int) -> list[Tensor]:

@@ -19,6 +19,8 @@ from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel import topology
 from megatron_oreal.parallel.collectives import agree, world_rank, world_size
 from megatron_oreal.parallel.topology import Topology
+from megatron_oreal.rollout.engine import RolloutEngine
+from megatron_oreal.rollout.weight_sync import WeightSync, open_sync
 from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream
 from megatron_oreal.weights.layout import MegatronPlace, megatron_regions
 
@@ -57,6 +59,18 @@ class ModelSource:
             self.place,
             round_bytes=self.config.rollout.sync_round_mib * MIB,
             receivers=receivers,
+        )
+
+    def weight_sync(self, policy: Policy, engine: RolloutEngine) -> WeightSync:
+        """Plans how the policy's weights reach the engines; collective over the world."""
+        return open_sync(
+            policy.model.parameters(),
+            self.family,
+            self.dims,
+            self.place,
+            engine,
+            round_bytes=self.config.rollout.sync_round_mib * MIB,
+            check=self.config.rollout.check_sync,
         )
 
     def stored(self, model: MegatronModel) -> StoredModel:

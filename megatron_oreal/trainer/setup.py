@@ -19,8 +19,9 @@ from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id, vocabul
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
+from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
-from megatron_oreal.rollout.weight_sync import WeightSync
+from megatron_oreal.rollout.vllm_server import VllmServer
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
 from megatron_oreal.trainer.group_source import RecordedGroups, SampledGroups
 from megatron_oreal.trainer.journal import Journal
@@ -65,6 +66,8 @@ class TrainingRun:
     checkpointer: Checkpointer
     resumed: Resumed | None
     before: EvaluationResult | None
+    engine: RolloutEngine | None
+    probe: Prompt
 
     @property
     def first_iteration(self) -> int:
@@ -142,9 +145,13 @@ def check_vocabulary(
         )
 
 
-def start_engine(config: Config, texts: Texts) -> VllmInProcess:
-    """Starts the rollout engines on the checkpoint's own weights; collective over the world."""
-    return VllmInProcess(
+def start_engine(config: Config, texts: Texts) -> RolloutEngine:
+    """Starts the rollout engines on the checkpoint's own weights, or finds servers.
+
+    Collective over the world.
+    """
+    backend = VllmServer if config.rollout.backend == "vllm_server" else VllmInProcess
+    return backend(
         config.model.path,
         config.rollout,
         precision=config.model.precision,
@@ -189,7 +196,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             policy=policy,
             reference=reference,
             token_rm=token_rm,
-            weight_sync=WeightSync(source.stream(policy), engines.engine) if engines else None,
+            weight_sync=source.weight_sync(policy, engines.engine) if engines else None,
             rates=Rates(config, done.policy_updates, done.token_rm_updates),
             journal=journal,
             skipped=SkippedSteps(config.engine.max_skipped_steps, done.skipped_in_a_row),
@@ -204,6 +211,8 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             checkpointer=checkpointer,
             resumed=resumed,
             before=done.before,
+            engine=engines.engine if engines else None,
+            probe=texts.training[0],
         )
 
 
@@ -211,7 +220,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
 class Engines:
     """What a run has that samples for itself: engines, and what asks and judges with them."""
 
-    engine: VllmInProcess
+    engine: RolloutEngine
     source: SampledGroups
     evaluator: Evaluator | None
 

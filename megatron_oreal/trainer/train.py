@@ -10,6 +10,7 @@ from rich.table import Table
 from megatron_oreal.config.schema import Config
 from megatron_oreal.parallel.collectives import world_size
 from megatron_oreal.trainer.evaluation import EvaluationResult
+from megatron_oreal.trainer.probe import probe_engine
 from megatron_oreal.trainer.resume import stop_on_signal
 from megatron_oreal.trainer.setup import TrainingRun, training_run
 
@@ -25,8 +26,7 @@ def train(config: Config) -> bool:
     with training_run(config) as run, stop_on_signal() as stop:
         settings, iterations = config.evaluation, config.schedule.iterations
         run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
-        if run.loop.weight_sync:
-            run.loop.weight_sync.push()
+        _hand_over(run)
         before = _start(run)
         for iteration in range(run.first_iteration, iterations):
             run.loop.iterate(iteration)
@@ -45,6 +45,18 @@ def train(config: Config) -> bool:
         exported = _export(run, "final") if config.export.at_end else None
         _report(run, before, after, exported)
     return True
+
+
+def _hand_over(run: TrainingRun) -> None:
+    """Brings the policy's weights into the engines and sees that these hold the same model."""
+    loop, journal = run.loop, run.journal
+    if loop.weight_sync is None or run.engine is None:
+        return
+    loop.push_weights()
+    with journal.phase("check"):
+        mean = probe_engine(loop.policy, run.engine, run.probe, loop.packer, run.config)
+    journal.say(f"weights reach the engines {loop.weight_sync.description}")
+    journal.say(f"policy and engines differ by {mean:.1e} a token on question {run.probe.id}")
 
 
 def _start(run: TrainingRun) -> EvaluationResult | None:

@@ -10,30 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
-from megatron_oreal.weights.checksum import tensor_checksum
-from megatron_oreal.weights.geometry import Region
 from megatron_oreal.weights.hf_io import HfWriter
 from megatron_oreal.weights.layout import MegatronPlace, hf_regions, megatron_regions
-from megatron_oreal.weights.plan import (
-    PlanSummary,
-    RankRound,
-    TensorSpec,
-    make_plan,
-    owned_regions,
-)
+from megatron_oreal.weights.plan import PlanSummary, RankRound, TensorSpec, make_plan
 from megatron_oreal.weights.sharded import open_store
-from megatron_oreal.weights.transport import region_view, stream_full_tensors
+from megatron_oreal.weights.sums import SourceSums, source_sums
+from megatron_oreal.weights.transport import Meddle, region_view, stream_full_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from megatron_oreal.models.family import Family, ModelDims
+    from megatron_oreal.weights.geometry import Region
 
 
 class RankLayout(msgspec.Struct, frozen=True):
@@ -55,22 +48,27 @@ class HfStream:
     tensors: tuple[TensorSpec, ...]
     summary: PlanSummary
     rounds: tuple[RankRound, ...]
-    owned: tuple[Region, ...]
     params: Mapping[str, torch.Tensor]
+    sums: SourceSums
 
     @property
     def device(self) -> torch.device:
         """Where the parameters lie and the streamed tensors are built."""
         return next(iter(self.params.values())).device
 
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def received(self) -> tuple[str, ...]:
+        """Names of the tensors that come to this rank."""
+        return tuple(spec.name for round_ in self.rounds for spec in round_.tensors)
+
+    def full_tensors(self, meddle: Meddle | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields `(Hugging Face name, whole tensor)` in the order of `tensors`, round by round.
 
         Collective over the world: every rank must exhaust it, also one that is no receiver and
         for which it yields nothing. The tensors are the caller's to keep. Tied embeddings come
         once, under the embedding's name.
         """
-        return stream_full_tensors(self.rounds, self.params, device=self.device)
+        return stream_full_tensors(self.rounds, self.params, device=self.device, meddle=meddle)
 
     def checksums(self) -> dict[str, int]:
         """Returns the checksum of every tensor as its holders have it; collective over the world.
@@ -78,14 +76,7 @@ class HfStream:
         Each element is counted on one of the ranks that hold it. To be compared with the sum of
         `tensor_checksum` over what a destination holds.
         """
-        position = {spec.name: index for index, spec in enumerate(self.tensors)}
-        totals = torch.zeros(len(self.tensors), dtype=torch.int64, device=self.device)
-        view = region_view(self.params)
-        for region in self.owned:
-            index = position[region.tensor]
-            totals[index] += tensor_checksum(view(region), region.box, self.tensors[index].shape)
-        dist.all_reduce(totals)
-        return dict(zip(position, totals.tolist(), strict=True))
+        return self.sums.count()[0]
 
 
 def open_stream(
@@ -112,6 +103,39 @@ def open_stream(
     Raises:
         ValueError: The ranks' layouts do not make up a model of these dimensions.
     """
+    found = survey(params, family, dims, place, node=node)
+    whole = hf_regions(family.tensors(dims))
+    ranks = range(len(found.sources))
+    targets = [whole if receivers is None or rank in receivers else [] for rank in ranks]
+    plan = make_plan(found.tensors, found.sources, targets, round_bytes, found.nodes)
+    rank = world_rank()
+    return HfStream(
+        tensors=found.tensors,
+        summary=plan.summary(),
+        rounds=tuple(plan.part_of(rank)),
+        params=params,
+        sums=source_sums(found.tensors, found.sources, [whole], rank=rank, params=params),
+    )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Who holds what of a model: its tensors, each rank's regions and node, alike on every rank."""
+
+    tensors: tuple[TensorSpec, ...]
+    sources: list[list[Region]]
+    nodes: list[int]
+
+
+def survey(
+    params: Mapping[str, torch.Tensor],
+    family: Family,
+    dims: ModelDims,
+    place: MegatronPlace,
+    *,
+    node: str | None = None,
+) -> Survey:
+    """Learns who holds what; collective over the world. Arguments and errors: see `open_stream`."""
     layouts = _exchange_layouts(params, place, node or socket.gethostname())
     regions = {
         payload: megatron_regions(family, dims, layout.shapes, layout.place)
@@ -123,21 +147,11 @@ def open_stream(
     absent = [name for name in shapes if name not in dtypes]
     if absent:
         raise ValueError(f"{absent[0]}: no rank holds it ({len(absent)} such tensors)")
-    tensors = [TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()]
-    targets = [
-        hf_regions(shapes) if receivers is None or rank in receivers else []
-        for rank in range(len(sources))
-    ]
     names = [layout.node for _, layout in layouts]
-    nodes = [names.index(name) for name in names]
-    plan = make_plan(tensors, sources, targets, round_bytes, nodes)
-    rank = world_rank()
-    return HfStream(
-        tensors=tuple(tensors),
-        summary=plan.summary(),
-        rounds=tuple(plan.part_of(rank)),
-        owned=tuple(owned_regions(tensors, sources)[rank]),
-        params=params,
+    return Survey(
+        tensors=tuple(TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()),
+        sources=sources,
+        nodes=[names.index(name) for name in names],
     )
 
 

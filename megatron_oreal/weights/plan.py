@@ -188,16 +188,37 @@ def owned_regions(
     Raises:
         ValueError: No rank holds some box of a tensor; names it.
     """
-    held = _by_tensor(sources)
-    owned: list[list[Region]] = [[] for _ in sources]
+    whole = [
+        Region(spec.name, Box.whole(spec.shape), spec.name, Box.whole(spec.shape))
+        for spec in tensors
+    ]
+    parts = owned_parts(tensors, sources, [whole])
+    return [[region for region, _ in owned] for owned in parts]
+
+
+def owned_parts(
+    tensors: Sequence[TensorSpec],
+    sources: Sequence[Sequence[Region]],
+    targets: Sequence[Sequence[Region]],
+) -> list[list[tuple[Region, tuple[int, ...]]]]:
+    """Returns by rank what it answers for of all that the targets want, each box once; pure.
+
+    Replicas are shared out evenly. With each region come the indices of the targets that want it,
+    all of it.
+
+    Raises:
+        ValueError: No rank holds some box that is wanted; names the tensor.
+    """
+    held, wanted = _by_tensor(sources), _by_tensor(targets)
+    owned: list[list[tuple[Region, tuple[int, ...]]]] = [[] for _ in sources]
     bytes_of = [0] * len(sources)
     cutter = _Cutter()
     for spec in tensors:
-        whole = Region(spec.name, Box.whole(spec.shape), spec.name, Box.whole(spec.shape))
-        for atom in cutter.atoms(spec, held[spec.name], {-1: [whole]}):
+        for atom in cutter.atoms(spec, held[spec.name], wanted[spec.name]):
             owner = min(atom.holders, key=lambda rank: (bytes_of[rank], rank))
             bytes_of[owner] += atom.box.size * spec.dtype.itemsize
-            owned[owner].append(_places(held[spec.name][owner], atom.box)[0])
+            region = _places(held[spec.name][owner], atom.box)[0]
+            owned[owner].append((region, atom.wanters))
     return owned
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from megatron_oreal.weights.geometry import Region
     from megatron_oreal.weights.plan import Exchange, RankRound, Transfer
 
     View = Callable[[Region], torch.Tensor]  # the elements of `region.local`, not a copy
+
+Meddle = Callable[[str, torch.Tensor], None]
+"""Takes what has just arrived of a tensor, `(its name, the piece)`, and may change it: tests alone
+use it, to see that what a transfer spoils is found."""
 
 _ALIGNMENT = 16  # bytes: every piece of a packed buffer may be viewed as any dtype
 
@@ -30,6 +35,7 @@ def execute(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    meddle: Meddle | None = None,
 ) -> None:
     """Carries out one rank's part of a plan.
 
@@ -42,9 +48,10 @@ def execute(
             from the source's, values are then converted.
         device: Where packed buffers lie; one the group can send from.
         group: The process group.
+        meddle: See `Meddle`.
     """
     for round_ in rounds:
-        _run_round(round_, read, write, device=device, group=group)
+        _run_round(round_, read, write, device=device, group=group, meddle=meddle)
 
 
 def stream_full_tensors(
@@ -53,6 +60,7 @@ def stream_full_tensors(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    meddle: Meddle | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields whole Hugging Face tensors `(name, tensor)`, round by round, in the plan's order.
 
@@ -64,6 +72,7 @@ def stream_full_tensors(
         tensors: This rank's parameters by their local names.
         device: Where the tensors are built.
         group: The process group.
+        meddle: See `Meddle`.
     """
     read = region_view(tensors)
     for round_ in rounds:
@@ -71,7 +80,8 @@ def stream_full_tensors(
             spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
             for spec in round_.tensors
         }
-        _run_round(round_, read, region_view(whole), device=device, group=group)
+        write = region_view(whole)
+        _run_round(round_, read, write, device=device, group=group, meddle=meddle)
         yield from whole.items()
         whole.clear()  # or two rounds would live side by side
 
@@ -83,6 +93,7 @@ def _run_round(
     *,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    meddle: Meddle | None,
 ) -> None:
     def copy_own() -> None:
         for transfer in round_.copies:
@@ -96,6 +107,8 @@ def _run_round(
     arrived = _exchange(round_.direct, held, device=device, group=group, meanwhile=copy_own)
     pieces = {(transfer.spec.name, transfer.box): piece for transfer, piece in arrived}
     for transfer, piece in arrived:
+        if meddle:
+            meddle(transfer.spec.name, piece)
         _deliver(transfer, piece, write)
     relayed = _exchange(
         round_.relayed,

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_oreal.weights.geometry import Box, Region
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from megatron_oreal.models.family import Family, ModelDims, Row
 
 _VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to a multiple of this before it cuts it
 _FUSED = {"qkv": ("q_proj", "qkv_proj"), "gate_up": ("gate_proj", "gate_up_proj")}
+
+
+@dataclass(frozen=True)
+class LiveShard:
+    """This rank's part of an engine: the parameters it computes with, by vLLM's names.
+
+    `rank` is its place among the `size` tensor-parallel ranks of its engine. Engines fill the world
+    in order: world rank r is rank r % size of engine r // size.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    rank: int
+    size: int
 
 
 def vllm_regions(family: Family, dims: ModelDims, rank: int, size: int) -> list[Region]:
@@ -33,6 +51,56 @@ def vllm_regions(family: Family, dims: ModelDims, rank: int, size: int) -> list[
     return regions
 
 
+def vllm_shapes(
+    family: Family, dims: ModelDims, rank: int, size: int
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of a rank of an engine, vocabulary padding too; pure."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in family.rows:
+        name = row.hf[0].name
+        if row.kind == "vocab" and not (dims.tied_embeddings and name == family.output):
+            # By itself: the last ranks may hold padding alone.
+            shapes[name] = (_padded_vocab(dims) // size, *dims.shape(row.hf[0].sizes)[1:])
+    for region in vllm_regions(family, dims, rank, size):
+        known = shapes.get(region.key, region.local.stop)
+        shapes[region.key] = tuple(map(max, known, region.local.stop))
+    return shapes
+
+
+def difference(
+    live: LiveShard, family: Family, dims: ModelDims, dtypes: Mapping[str, torch.dtype]
+) -> str:
+    """Says why live parameters cannot be written by this layout, empty where they can; pure.
+
+    They can where there are these parameters and no others, each of the shape that the layout gives
+    it, laid out row by row, in the precision of the tensors that it holds.
+
+    Args:
+        live: A rank's part of an engine.
+        family: The model's family.
+        dims: The model's dimensions.
+        dtypes: Precision of each Hugging Face tensor on its way.
+    """
+    place, parameters = (live.rank, live.size), live.parameters
+    shapes = vllm_shapes(family, dims, *place)
+    for name in sorted(shapes.keys() ^ parameters.keys()):
+        return f"{name} is {'missing' if name in shapes else 'no parameter of the layout'}"
+    held = {region.key: dtypes[region.tensor] for region in vllm_regions(family, dims, *place)}
+    for name, shape in shapes.items():
+        parameter, dtype = parameters[name], held.get(name)
+        if tuple(parameter.shape) != shape:
+            return f"{name} has shape {tuple(parameter.shape)}, not {shape}"
+        if not parameter.is_contiguous():
+            return f"{name} has strides {parameter.stride()}"
+        if dtype not in (None, parameter.dtype):
+            return f"{name} is {parameter.dtype}, not {dtype}"
+    return ""
+
+
+def _padded_vocab(dims: ModelDims) -> int:
+    return math.ceil(dims.vocab / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
 def _cuts(row: Row, dims: ModelDims, rank: int, size: int) -> list[Box | None]:
     """Returns the part of each of a row's tensors that the rank holds, None for nothing."""
     shapes = [dims.shape(tensor.sizes) for tensor in row.hf]
@@ -41,8 +109,7 @@ def _cuts(row: Row, dims: ModelDims, rank: int, size: int) -> list[Box | None]:
     if row.kind == "row":
         return [_part(shape, 1, rank, shape[1] // size) for shape in shapes]
     if row.kind == "vocab":
-        padded = math.ceil(dims.vocab / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-        return [_part(shape, 0, rank, padded // size) for shape in shapes]
+        return [_part(shape, 0, rank, _padded_vocab(dims) // size) for shape in shapes]
     if row.kind == "qkv":
         copies = max(1, size // dims.kv_heads)
         query, key, value = shapes

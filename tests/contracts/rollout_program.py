@@ -11,227 +11,48 @@ import contextlib
 import json
 import os
 import random
+import signal
+import socket
+import subprocess
 import sys
-import time
 import warnings
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
 
-from megatron_oreal.config.errors import UserError
-from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import (
-    all_gather_bytes,
     barrier,
+    broadcast_bytes,
     start_world,
     stop_world,
     world_rank,
 )
-from megatron_oreal.rollout.engine import Request
 from megatron_oreal.rollout.groups import generate_groups
-from megatron_oreal.rollout.seeds import sample_seed
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
-from megatron_oreal.rollout.vllm_live import LiveCheck
-from megatron_oreal.types import Prompt, Rollout
-from megatron_oreal.weights.vllm_layout import vllm_regions
+from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
+from megatron_oreal.rollout.vllm_server import VllmServer
+from megatron_oreal.rollout.weight_sync import InPlaceRoute, WeightSync
+from megatron_oreal.types import Prompt
+from megatron_oreal.weights.in_place import open_in_place
+from megatron_oreal.weights.sums import whole_sum
+from megatron_oreal.weights.vllm_layout import difference, vllm_regions
+from tests.contracts.rollout_case import Case, flip_byte, refusal, survey_of
+from tests.contracts.rollout_models import (
+    SAMPLED,
+    WINDOW,
+    checkpoint,
+    configs,
+    prompts,
+    save_models,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-VOCABULARY, STOP, END_OF_CONFIG = 100, 1, 2
-WINDOW = 200
-SAMPLED = SamplingConfig(
-    samples_per_question=4, temperature=1.0, top_p=0.9, max_new_tokens=24, max_total_tokens=WINDOW
-)
-GREEDY = replace(SAMPLED, temperature=0.0)
-# A block of the prefix cache is 128 tokens on a CPU: the second prompt is long enough for it.
-LENGTHS = (5, 140, 17, 33, 5)
-
-
-def prompts() -> list[tuple[int, ...]]:
-    rng = random.Random(0)
-    return [tuple(rng.randrange(3, VOCABULARY) for _ in range(length)) for length in LENGTHS]
-
-
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": WINDOW,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": END_OF_CONFIG,
-    "pad_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def configs() -> dict[str, PreTrainedConfig]:
-    """Tied embeddings of the Qwen2 go with one KV head, which TP=2 has to replicate."""
-    nine_heads = {"hidden_size": 288, "num_attention_heads": 9, "num_key_value_heads": 3}
-    return {
-        "untied": Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
-        "tied": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
-        "qwen3": Qwen3Config(
-            **SHAPE, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False
-        ),
-        "llama": LlamaConfig(
-            **SHAPE | nine_heads, rope_parameters=LLAMA3, tie_word_embeddings=True
-        ),
-    }
-
-
-def save_models(folder: Path, config: PreTrainedConfig) -> None:
-    """Two models of one shape."""
-    for name in ("old", "new"):
-        torch.manual_seed(ord(name[0]))
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("norm.weight", "bias")):
-                torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
-        model.save_pretrained(folder / name)
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def greedy_tokens(model: PreTrainedModel, prompt: tuple[int, ...]) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(GREEDY.max_new_tokens):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        if tokens[-1] == STOP:
-            break
-    return tokens[len(prompt) :]
-
-
-@torch.no_grad()
-def logprob_differences(
-    model: PreTrainedModel, requests: list[Request], rollouts: list[Rollout]
-) -> dict[str, float]:
-    differences: list[float] = []
-    for request, rollout in zip(requests, rollouts, strict=True):
-        tokens = torch.tensor([request.tokens + rollout.tokens])
-        logprobs = model(tokens).logits[0].float().log_softmax(-1)
-        for i, (token, logprob) in enumerate(zip(rollout.tokens, rollout.logprobs, strict=True)):
-            differences.append(abs(float(logprobs[len(request.tokens) - 1 + i, token]) - logprob))
-    return {"mean": float(np.mean(differences)), "max": max(differences)}
-
-
-def alike_on_all_ranks(rollouts: list[Rollout]) -> bool:
-    payloads = all_gather_bytes(json.dumps([asdict(rollout) for rollout in rollouts]).encode())
-    return len(set(payloads)) == 1
-
-
-class Case:
-    """One engine on one pair of models."""
-
-    def __init__(self, folder: Path, *, tp: int, precision: str = "fp32") -> None:
-        self.folder = folder
-        started = time.monotonic()
-        self.engine = VllmInProcess(
-            str(folder / "old"),
-            RolloutConfig(tensor_parallel=tp, max_sequences=8, enforce_eager=True),
-            precision=precision,
-            max_total_tokens=WINDOW,
-            stop_token_id=STOP,
-            decode=lambda tokens: " ".join(map(str, tokens)),
-        )
-        self.found: dict[str, Any] = {"start_s": time.monotonic() - started}
-        self.requests = [
-            Request(tokens, sample_seed(0, 0, str(i), sample))
-            for i, tokens in enumerate(prompts())
-            for sample in range(SAMPLED.samples_per_question)
-        ]
-
-    def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Rollout]:
-        advanced: list[int] = []
-        rollouts = self.engine.generate(requests, sampling, advanced.append)
-        if sum(advanced) != len(requests) or not all(n > 0 for n in advanced):
-            raise AssertionError(f"{len(requests)} requests, advanced by {advanced}")
-        if not alike_on_all_ranks(rollouts):
-            raise AssertionError("ranks got different rollouts")
-        return rollouts
-
-    def everywhere(self, name: str, value: Any) -> None:
-        """Notes what each rank has to say."""
-        self.found[name] = [json.loads(t) for t in all_gather_bytes(json.dumps(value).encode())]
-
-    def sampling(self) -> None:
-        """All at once over all engines; shuffled; and one by one, all on the first engine."""
-        rollouts = self.generate(self.requests, SAMPLED)
-        order = random.Random(1).sample(range(len(self.requests)), len(self.requests))
-        shuffled = self.generate([self.requests[i] for i in order], SAMPLED)
-        alone = [self.generate([request], SAMPLED)[0] for request in self.requests[:8]]
-        self.found |= {
-            "rollouts": [asdict(rollout) for rollout in rollouts],
-            "shuffled": [shuffled[order.index(i)].tokens for i in range(len(order))],
-            "alone": [rollout.tokens for rollout in alone],
-            "nothing_asked": self.generate([], SAMPLED),
-            "logprob_difference": logprob_differences(
-                load(self.folder / "old"), self.requests, rollouts
-            ),
-        }
-
-    def greedy(self, weights: str) -> None:
-        """Twice the same prompts, the second time from the prefix cache where that holds them."""
-        requests = [Request(tokens, 0) for tokens in prompts()]
-        rollouts = self.generate(requests * 2, GREEDY)
-        model = load(self.folder / weights)
-        self.found[f"greedy_{weights}"] = [rollout.tokens for rollout in rollouts]
-        self.found[f"expected_{weights}"] = [greedy_tokens(model, r.tokens) for r in requests] * 2
-
-    def reload(self) -> None:
-        """What a trainer streams: the tensors of the checkpoint, tied ones once."""
-        self.engine.load_weights(iter(checkpoint(self.folder / "new").items()))
-        for weights in ("old", "new"):
-            (check,) = self.engine._llm.apply_model(LiveCheck)
-            tensors = checkpoint(self.folder / weights)
-            handed = self.engine._with_tied_head(iter(tensors.items()), set())
-            total = sum(1 for _ in check.noted(handed))
-            self.found[f"differs_from_{weights}"] = [len(check.differing()), total]
-
-    def refusals(self) -> None:
-        too_long = [Request((3,) * WINDOW, 0)]
-        self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print))
-        tensors = checkpoint(self.folder / "new")
-        del tensors["model.norm.weight"]
-        self.found["missing"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))
-
-
-def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    model = load(folder)
-    return {name: tensor.detach() for name, tensor in model.named_parameters()}
-
-
-def refusal(call: Any) -> list[str]:
-    try:
-        call()
-    except (UserError, ValueError) as error:
-        return [type(error).__name__, str(error)]
-    return ["", "accepted"]
+    from megatron_oreal.weights.transport import Meddle
 
 
 def process_state() -> list[Any]:
@@ -252,10 +73,46 @@ def process_state() -> list[Any]:
 SET_NUM_THREADS = torch.set_num_threads
 
 
+class InProcess(Case):
+    """Engines inside these two ranks."""
+
+    def __init__(self, folder: Path, *, tp: int, precision: str = "fp32") -> None:
+        super().__init__(folder, VllmInProcess, precision, tensor_parallel=tp)
+
+    def reload(self) -> None:
+        """The way through vLLM's reload."""
+        self.push("new")
+        self.compare()
+
+    def write_in_place(self, meddle: Meddle | None = None) -> None:
+        """What a trainer does where the live model is plain; rank 0 is all of the policy here."""
+        family, dims = read_model(self.folder / "new")
+        survey, params = survey_of(self.folder / "new", rank=0)
+        live = self.engine.live_shard()
+        plan = open_in_place(survey, params, family, dims, live, round_bytes=1 << 16)
+        WeightSync(InPlaceRoute(plan, self.engine, meddle), "always").push()
+
+    def not_plain(self) -> str:
+        """Why this rank's live model cannot be written in place, empty if it can."""
+        family, dims = read_model(self.folder / "new")
+        live = self.engine.live_shard()
+        dtypes = dict.fromkeys(family.tensors(dims), torch.float32)
+        return difference(live, family, dims, dtypes)
+
+    def compare(self) -> None:
+        """How many tensors the live model has otherwise than either checkpoint, and of how many."""
+        for weights in ("old", "new"):
+            (check,) = self.engine._llm.apply_model(LiveCheck)
+            tensors = checkpoint(self.folder / weights)
+            handed = with_tied_head(iter(tensors.items()), self.engine._tied)
+            total = sum(1 for _ in check.noted(handed))
+            self.found[f"differs_from_{weights}"] = [len(check.differing()), total]
+
+
 def run_untied(folder: Path) -> dict[str, Any]:
     """Every clause, two engines of one rank each."""
     before = process_state()
-    case = Case(folder, tp=1)
+    case = InProcess(folder, tp=1)
     after_start = process_state()
     case.sampling()
     after_generate = process_state()
@@ -283,7 +140,7 @@ def run_untied(folder: Path) -> dict[str, Any]:
     return case.found
 
 
-def live_regions(case: Case) -> list[Any]:
+def live_regions(case: InProcess) -> list[Any]:
     """Where this rank's vLLM has each tensor, and where `vllm_regions` says so: `[]` if alike.
 
     Row, column and local row at which each piece begins, and its rows and columns.
@@ -315,9 +172,10 @@ def live_regions(case: Case) -> list[Any]:
     return sorted(live ^ planned)
 
 
-def run_tied(folder: Path, tp: int) -> dict[str, Any]:
-    case = Case(folder, tp=tp)
+def run_tied(folder: Path) -> dict[str, Any]:
+    case = InProcess(folder, tp=1)
     case.everywhere("misplaced", live_regions(case))
+    case.everywhere("not_plain", case.not_plain())
     case.greedy("old")
     case.sampling()
     case.reload()
@@ -326,9 +184,34 @@ def run_tied(folder: Path, tp: int) -> dict[str, Any]:
     return case.found
 
 
-def run_family(folder: Path) -> dict[str, Any]:
+def run_plain(folder: Path) -> dict[str, Any]:
+    """One engine of two ranks, whose live model is plain and written in place."""
+    case = InProcess(folder, tp=2)
+    case.everywhere("misplaced", live_regions(case))
+    case.everywhere("not_plain", case.not_plain())
+    case.greedy("old")
+    case.sampling()
+    case.found["flipped"] = refusal(lambda: case.write_in_place(flip_byte))
+    case.write_in_place()
+    case.compare()
+    case.greedy("new")
+    case.engine.close()
+    return case.found
+
+
+@contextlib.contextmanager
+def unpacked() -> Iterator[None]:
+    """Has vLLM multiply by torch, so that on a CPU as well its live model is plain."""
+    from vllm import _custom_ops
+
+    before, _custom_ops._supports_onednn = _custom_ops._supports_onednn, False
+    yield
+    _custom_ops._supports_onednn = before
+
+
+def run_family(folder: Path, tp: int) -> dict[str, Any]:
     """What depends on the tensors that a family has, and on their names."""
-    case = Case(folder, tp=1)
+    case = InProcess(folder, tp=tp)
     case.everywhere("misplaced", live_regions(case))
     case.greedy("old")
     case.reload()
@@ -353,7 +236,7 @@ def killed_run() -> Iterator[None]:
 
 
 def run_bf16(folder: Path) -> dict[str, Any]:
-    case = Case(folder, tp=1, precision="bf16")
+    case = InProcess(folder, tp=1, precision="bf16")
     case.sampling()
     case.reload()
     case.engine.close()
@@ -361,7 +244,69 @@ def run_bf16(folder: Path) -> dict[str, Any]:
 
 
 def run_refused_tp(folder: Path) -> dict[str, Any]:
-    return {"refusal": refusal(lambda: Case(folder, tp=3))}
+    return {"refusal": refusal(lambda: InProcess(folder, tp=3))}
+
+
+def run_server(folder: Path, others: Path, host: str) -> dict[str, Any]:
+    """One server for two ranks, only one of which has a server to ask."""
+    case = Case(folder, VllmServer, "fp32", **served_by(host))
+    case.greedy("old")
+    case.sampling()
+    case.found["flipped"] = refusal(lambda: case.push("new", flip_byte))
+    case.found["flipped_beyond"] = flipped_beyond(case)
+    case.push("new")
+    case.greedy("new")
+    case.refusals()
+    case.engine.close()
+    case.found["other_model"] = refusal(lambda: Case(others, VllmServer, "fp32", **served_by(host)))
+    case.found["other_dtype"] = refusal(lambda: Case(folder, VllmServer, "bf16", **served_by(host)))
+    nobody = served_by(f"http://127.0.0.1:{free_port()}", wait_s=0.0)
+    case.found["nobody"] = refusal(lambda: Case(folder, VllmServer, "fp32", **nobody))
+    return case.found
+
+
+def flipped_beyond(case: Case) -> list[str]:
+    """What the server finds where a byte is flipped only after the trainer has counted."""
+    tensors = {name: tensor.clone() for name, tensor in checkpoint(case.folder / "new").items()}
+    expected = {name: whole_sum(tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        flip_byte(name, tensor)
+    mine = tensors if world_rank() in case.engine.receivers else {}
+    return case.engine.load_weights(iter(mine.items()), expected)
+
+
+def served_by(host: str, wait_s: float = 200.0) -> dict[str, Any]:
+    return {"backend": "vllm_server", "server_hosts": (host,), "server_wait_s": wait_s}
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """A rollout server of the first rank, which starts while the block runs; yields its URL."""
+    port = int(broadcast_bytes(str(free_port()).encode()).decode())
+    if world_rank() > 0:
+        yield f"http://127.0.0.1:{port}"
+        return
+    settings = [
+        f"model.path={folder}/old",
+        "model.precision=fp32",
+        f"sampling.max_total_tokens={WINDOW}",
+        f"sampling.max_new_tokens={SAMPLED.max_new_tokens}",
+        "rollout.max_sequences=8",
+        "rollout.enforce_eager=true",
+    ]
+    command = [sys.executable, "-m", "megatron_oreal.cli", "serve", "--port", str(port), *settings]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
 
 
 def main(folder: Path) -> None:
@@ -372,20 +317,29 @@ def main(folder: Path) -> None:
         for name, config in configs().items():
             save_models(folder / name, config)
     barrier()
-    found = {
-        "untied": run_untied(untied),
-        "tied": run_tied(tied, tp=1),
-        "bf16": run_bf16(untied),
-        "tp3": run_refused_tp(untied),
-        "qwen3": run_family(folder / "qwen3"),
-        "llama": run_family(folder / "llama"),
-    }
-    with killed_run():
-        found["tied_tp2"] = run_tied(tied, tp=2)
+    with server(tied) as host:
+        found = run_all(folder, untied, tied)
+        found["server"] = run_server(tied, untied, host)
     if world_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     barrier()
     stop_world()
+
+
+def run_all(folder: Path, untied: Path, tied: Path) -> dict[str, Any]:
+    """The engines inside the ranks."""
+    found = {
+        "untied": run_untied(untied),
+        "tied": run_tied(tied),
+        "bf16": run_bf16(untied),
+        "tp3": run_refused_tp(untied),
+        "llama": run_family(folder / "llama", tp=1),
+    }
+    with killed_run():
+        found["qwen3"] = run_family(folder / "qwen3", tp=2)
+    with unpacked():
+        found["tied_tp2"] = run_plain(tied)
+    return found
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 
-ALL = ["untied", "tied", "tied_tp2"]
+ALL = ["untied", "tied", "tied_tp2", "server"]
+IN_PROCESS = ["untied", "tied", "tied_tp2"]
 FAMILIES = ["qwen3", "llama"]  # a Qwen2 is behind all others
+FLIPPED = "model.layers.1.mlp.down_proj.weight"
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -45,7 +47,7 @@ def test_old_and_new_weights_do_not_answer_alike(found, case):
     assert found[case]["expected_old"] != found[case]["expected_new"]
 
 
-@pytest.mark.parametrize("case", [*ALL, *FAMILIES, "bf16"])
+@pytest.mark.parametrize("case", [*IN_PROCESS, *FAMILIES, "bf16"])
 def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case):
     differing, total = found[case]["differs_from_old"]
     assert differing == total > 20
@@ -55,6 +57,23 @@ def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case)
 @pytest.mark.parametrize("case", ["tied", "tied_tp2", *FAMILIES])
 def test_weights_lie_where_the_layout_of_an_engine_says(found, case):
     assert found[case]["misplaced"] == [[], []]
+
+
+def test_a_live_model_is_plain_unless_vllm_packs_it(found):
+    """Packed linears leave an empty `weight` behind: nothing is written in place there."""
+    assert found["tied_tp2"]["not_plain"] == ["", ""]
+    assert all("has shape (0,)" in why for why in found["tied"]["not_plain"])
+
+
+@pytest.mark.parametrize(("case", "rank"), [("tied_tp2", 1), ("server", 0)])
+def test_a_byte_flipped_on_its_way_is_caught_and_named(found, case, rank):
+    kind, text = found[case]["flipped"]
+    assert kind == "RuntimeError"
+    assert text == f"weight sync: {FLIPPED} arrived changed on ranks [{rank}]"
+
+
+def test_a_server_finds_what_changed_on_the_way_to_it(found):
+    assert found["server"]["flipped_beyond"] == [FLIPPED]
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -74,9 +93,10 @@ def test_a_seed_draws_the_same_tokens_in_any_order_on_any_engine_and_alone(found
     assert found[case]["alone"] == tokens[:8]
 
 
-def test_two_ranks_of_one_engine_sample_what_one_rank_samples(found):
+@pytest.mark.parametrize("other", ["tied_tp2", "server"])
+def test_two_ranks_of_one_engine_or_a_server_sample_what_one_rank_samples(found, other):
     one, two = (
-        [rollout["tokens"] for rollout in found[case]["rollouts"]] for case in ("tied", "tied_tp2")
+        [rollout["tokens"] for rollout in found[case]["rollouts"]] for case in ("tied", other)
     )
     assert one == two
 
@@ -122,6 +142,11 @@ def test_the_process_stands_as_before(found, moment):
     [
         ("untied", "too_long", ["UserError", "sampling.max_total_tokens=200: a prompt of 200"]),
         ("untied", "missing", ["ValueError", "missing ['model.norm.weight']"]),
+        ("server", "too_long", ["UserError", "sampling.max_total_tokens=200: a prompt of 200"]),
+        ("server", "missing", ["ValueError", "missing ['model.norm.weight']"]),
+        ("server", "nobody", ["UserError", "is not ready after 0 s"]),
+        ("server", "other_dtype", ["UserError", "has dtype=float32, the run bfloat16"]),
+        ("server", "other_model", ["UserError", "has model.num_key_value_heads=1, the run 2"]),
         ("tp3", "refusal", ["UserError", "rollout.tensor_parallel=3: set a divisor of the 2"]),
     ],
 )
