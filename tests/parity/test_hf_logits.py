@@ -23,14 +23,12 @@ pytestmark = pytest.mark.parallel
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1), (4, 4, 1)]
 """ranks, tp, pp; the last cuts a group of query heads that share one key-value head."""
 
-NINE_HEADS = [(1, 1, 1), (2, 1, 2), (3, 3, 1)]
-
 CASES = [
     *(("qwen2", layout) for layout in LAYOUTS),
-    *(("qwen2_tied", layout) for layout in LAYOUTS),
-    *(("qwen3", layout) for layout in LAYOUTS),
-    *(("llama", layout) for layout in LAYOUTS),
-    *(("smollm2", layout) for layout in NINE_HEADS),
+    *(("qwen2_tied", layout) for layout in [(1, 1, 1), (2, 1, 2), (4, 2, 2)]),
+    *(("qwen3", layout) for layout in [(1, 1, 1), (4, 2, 2), (4, 4, 1)]),
+    *(("llama", layout) for layout in [(1, 1, 1), (4, 2, 2), (4, 4, 1)]),
+    *(("smollm2", layout) for layout in [(1, 1, 1), (2, 1, 2), (3, 3, 1)]),
 ]
 
 ATOL = 2e-5
