@@ -101,6 +101,7 @@ def _plan_weights(options: argparse.Namespace, config: Config) -> str:
         ranks=options.ranks,
         ranks_per_node=options.ranks_per_node,
         whole_tensors=options.whole_tensors,
+        rollout_ranks=options.rollout_ranks,
     )
     return json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
 
@@ -204,6 +205,13 @@ def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     weights.add_argument(
         "--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (8)"
+    )
+    weights.add_argument(
+        "--rollout-ranks",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="GPUs of engines on nodes of their own (0: the policy's own GPUs)",
     )
     weights.add_argument(
         "--whole-tensors",

@@ -73,6 +73,7 @@ TOYS: dict[str, dict[str, object]] = {
     "smollm2": {  # its numbers of heads
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "num_hidden_layers": 4,  # enough for pipeline stages of different depth
         "hidden_size": 72,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_oreal.weights.convert import convert_to_megatron, run_tool
+from megatron_oreal.config.schema import ParallelConfig
+from megatron_oreal.weights.convert import Rate, convert_to_megatron, run_tool
 
 EPILOG = """
 The output holds one file for each of tensor x pipeline ranks, a manifest that says which box of
@@ -33,13 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to make; it must not exist")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor parallelism (1)")
     parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages (1)")
+    for end in ("first", "last"):
+        parser.add_argument(
+            f"--{end}-stage-layers", type=int, metavar="N", help=f"of the {end} stage (as others)"
+        )
     options = parser.parse_args(arguments)
-    return run_tool(
-        "convert_hf_to_megatron",
-        lambda rate: convert_to_megatron(
-            options.source, options.out, tensor=options.tensor, pipeline=options.pipeline, rate=rate
-        ),
-    )
+
+    def convert(rate: Rate) -> None:
+        parallel = ParallelConfig(
+            tensor=options.tensor,
+            pipeline=options.pipeline,
+            first_stage_layers=options.first_stage_layers,
+            last_stage_layers=options.last_stage_layers,
+        )
+        convert_to_megatron(options.source, options.out, parallel, rate=rate)
+
+    return run_tool("convert_hf_to_megatron", convert)
 
 
 if __name__ == "__main__":

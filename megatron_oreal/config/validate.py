@@ -91,12 +91,27 @@ def check_model(config: Config, *, heads: int, kv_heads: int, layers: int, vocab
         require(whole, key, degree, f"{fix}; set one that is")
         fix = f"more than the model's {vocab} vocabulary rows; set it lower"
         require(degree <= vocab, key, degree, fix)
-    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline
-    fix = f"does not divide the model's {layers} layers; set a divisor of it"
-    require(layers % pipeline == 0, "parallel.pipeline", pipeline, fix)
-    own = layers // pipeline
-    fix = f"does not divide the {own} layers of a pipeline rank; set a divisor of it"
-    require(own % virtual == 0, "parallel.virtual_pipeline", virtual, fix)
+    _check_stages(config, layers)
+
+
+def _check_stages(config: Config, layers: int) -> None:
+    parallel = config.parallel
+    ends = {
+        "parallel.first_stage_layers": parallel.first_stage_layers,
+        "parallel.last_stage_layers": parallel.last_stage_layers,
+    }
+    given = " and ".join(f"{key}={held}" for key, held in ends.items() if held is not None)
+    if not given:
+        fix = f"does not divide the model's {layers} layers; set a divisor of it"
+        require(layers % parallel.pipeline == 0, "parallel.pipeline", parallel.pipeline, fix)
+    held = parallel.layers_of_stages(layers)
+    fits = not given or (parallel.pipeline > 1 and min(held) > 0 and sum(held) == layers)
+    fix = f"stages with {given} cannot share out the model's {layers} layers; change one of these"
+    require(fits, "parallel.pipeline", parallel.pipeline, fix)
+    virtual = parallel.virtual_pipeline
+    for own in held:
+        fix = f"does not divide the {own} layers of a pipeline rank; set a divisor of it"
+        require(own % virtual == 0, "parallel.virtual_pipeline", virtual, fix)
 
 
 def _check_window(config: Config) -> None:

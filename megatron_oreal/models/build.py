@@ -111,6 +111,8 @@ def transformer_config(
         # what is what.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         params_dtype=dtype,

@@ -221,7 +221,7 @@ def _trajectories(config: Config, given: Assumptions) -> float:
 def _gradients(config: Config, dims: Dims, cluster: Cluster, given: Assumptions) -> float:
     """Seconds to sum the gradients over data-parallel ranks and to gather the weights again."""
     copies, layout = data_parallel(config, cluster.ranks), config.parallel
-    count = stage_parameters(dims, layout.tensor, layout.pipeline, 0, "vocab")
+    count = stage_parameters(dims, layout, 0, "vocab")
     nbytes = count * (FP32 + element_bytes(config)) * (copies - 1) / copies
     return nbytes / (cluster.gpu.network * given.network_share)
 

@@ -113,7 +113,7 @@ def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
     resident |= engine | {"reserve": RESERVE}
     layer = _layer_activations(config, dims)
     in_flight = config.parallel.pipeline - stage
-    layers = dims.layers // config.parallel.pipeline
+    layers = config.parallel.layers_of_stages(dims.layers)[stage]
     # One layer more: what its backward pass holds while it runs.
     training = {"activations": layer * (layers * in_flight + 1)}
     scoring = {"activations": 2 * layer}
@@ -137,9 +137,7 @@ def _models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
     # fp32 weights need no copy of theirs.
     state = MOMENTS + (FP32 if config.model.precision == "bf16" else 0)
     heads: tuple[Head, ...] = ("vocab", "scalar")
-    counts = {
-        head: stage_parameters(dims, layout.tensor, layout.pipeline, stage, head) for head in heads
-    }
+    counts = {head: stage_parameters(dims, layout, stage, head) for head in heads}
     trained = [counts["vocab"]]
     if config.oreal.token_weights.kind != "none":
         trained.append(counts["scalar"])

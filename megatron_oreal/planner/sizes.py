@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from megatron_oreal.config.schema import ParallelConfig
 
 Head = Literal["vocab", "scalar"]
 
@@ -58,10 +61,11 @@ def parameters(dims: Dims) -> int:
     return body + ends * vocabulary_parameters(dims)
 
 
-def stage_parameters(dims: Dims, tensor: int, pipeline: int, stage: int, head: Head) -> int:
+def stage_parameters(dims: Dims, layout: ParallelConfig, stage: int, head: Head) -> int:
     """Parameters on one rank of a pipeline stage of a model with this head."""
-    count = dims.layers // pipeline * layer_parameters(dims, tensor)
-    first, last = stage == 0, stage == pipeline - 1
+    tensor = layout.tensor
+    count = layout.layers_of_stages(dims.layers)[stage] * layer_parameters(dims, tensor)
+    first, last = stage == 0, stage == layout.pipeline - 1
     if first:
         count += vocabulary_parameters(dims, tensor)
     if last:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_oreal.config.validate import check_layout, check_model
+from megatron_oreal.config.validate import check_engines, check_layout, check_model
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.weights.layout import MegatronPlace, hf_regions, megatron_regions
 from megatron_oreal.weights.plan import Plan, TensorSpec, make_plan
 from megatron_oreal.weights.vllm_layout import vllm_regions
 
 if TYPE_CHECKING:
-    from megatron_oreal.config.schema import Config, Precision
+    from megatron_oreal.config.schema import Config, ParallelConfig, Precision
     from megatron_oreal.models.family import Family, ModelDims, Row
     from megatron_oreal.weights.geometry import Region
 
@@ -28,29 +28,28 @@ _MIB = 1 << 20
 class MegatronLayout:
     """A model on `ranks` ranks in Megatron's order: tensor parallel innermost, stages outermost.
 
-    Its sizes must divide the model, as `config.validate` checks.
+    `parallel` must be able to cut the model, as `config.validate` checks.
     """
 
     family: Family
     dims: ModelDims
     ranks: int
-    tensor: int
-    pipeline: int
+    parallel: ParallelConfig
 
     @cached_property
     def stores(self) -> list[list[Region]]:
         """The regions of each rank; replicas share them."""
         parts = {
             (stage, rank): self._regions(stage, rank)
-            for stage in range(self.pipeline)
-            for rank in range(self.tensor)
+            for stage in range(self.parallel.pipeline)
+            for rank in range(self.parallel.tensor)
         }
-        ranks_per_stage = self.ranks // self.pipeline
-        return [parts[rank // ranks_per_stage, rank % self.tensor] for rank in range(self.ranks)]
+        tensor, per_stage = self.parallel.tensor, self.ranks // self.parallel.pipeline
+        return [parts[rank // per_stage, rank % tensor] for rank in range(self.ranks)]
 
     def shapes(self, stage: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the parameters that each rank of a pipeline stage holds."""
-        layers = self.dims.layers // self.pipeline
+        layers = self._layers[stage]
         shapes = {}
         for row in self.family.rows:
             shape = self._local_shape(row)
@@ -62,24 +61,29 @@ class MegatronLayout:
         return shapes
 
     def _regions(self, stage: int, rank: int) -> list[Region]:
-        place = MegatronPlace(rank, self.tensor, stage * (self.dims.layers // self.pipeline))
+        place = MegatronPlace(rank, self.parallel.tensor, sum(self._layers[:stage]))
         return megatron_regions(self.family, self.dims, self.shapes(stage), place)
 
     def _stands_at(self, row: Row, stage: int) -> bool:
         """Whether a row outside the layers has a parameter of its own on this stage."""
         if row.hf[0].name == self.family.embedding:
             return stage == 0
-        shared = self.dims.tied_embeddings and self.pipeline == 1
-        return stage == self.pipeline - 1 and not (shared and row.hf[0].name == self.family.output)
+        stages = self.parallel.pipeline
+        shared = self.dims.tied_embeddings and stages == 1
+        return stage == stages - 1 and not (shared and row.hf[0].name == self.family.output)
 
     def _local_shape(self, row: Row) -> tuple[int, ...]:
         shapes = [self.dims.shape(tensor.sizes) for tensor in row.hf]
-        lines, *others = shapes[0]
+        (lines, *others), tensor = shapes[0], self.parallel.tensor
         if row.kind == "replicated":
             return shapes[0]
         if row.kind == "row":
-            return (lines, others[0] // self.tensor)
-        return (math.ceil(sum(shape[0] for shape in shapes) / self.tensor), *others)
+            return (lines, others[0] // tensor)
+        return (math.ceil(sum(shape[0] for shape in shapes) / tensor), *others)
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        return self.parallel.layers_of_stages(self.dims.layers)
 
 
 def plan_sync(
@@ -90,16 +94,19 @@ def plan_sync(
     round_bytes: int,
     ranks_per_node: int,
     whole_tensors: bool = False,
+    rollout_ranks: int = 0,
 ) -> Plan:
-    """Plans how a policy's weights reach the engines inside its ranks; pure.
+    """Plans how a policy's weights reach the engines; pure.
 
     Args:
         layout: The policy's.
-        engine_tensor: Ranks of one engine; neighbours, which fill the world.
+        engine_tensor: Ranks of one engine; neighbours, which fill the policy's ranks or their own.
         dtype: Precision of the weights.
-        round_bytes: Bound on the whole tensors of a round.
+        round_bytes: Bound on one copy of what travels in a round.
         ranks_per_node: Neighbours that share a node.
-        whole_tensors: Every rank wants every tensor whole, and cuts its part out itself.
+        whole_tensors: An engine's rank wants every tensor whole, and cuts its part out itself.
+        rollout_ranks: Ranks of the engines, on nodes of their own after the policy's; 0: they are
+            the policy's.
     """
     shapes = layout.family.tensors(layout.dims)
     parts = (
@@ -110,34 +117,46 @@ def plan_sync(
             for rank in range(engine_tensor)
         ]
     )
+    engines = [parts[rank % engine_tensor] for rank in range(rollout_ranks or layout.ranks)]
+    nodes = [rank // ranks_per_node for rank in range(layout.ranks)]
+    apart = [nodes[-1] + 1 + rank // ranks_per_node for rank in range(rollout_ranks)]
+    nothing: list[Region] = []
     return make_plan(
         [TensorSpec(name, shape, dtype) for name, shape in shapes.items()],
-        layout.stores,
-        [parts[rank % engine_tensor] for rank in range(layout.ranks)],
+        layout.stores + [nothing] * rollout_ranks,
+        [nothing] * layout.ranks + engines if rollout_ranks else engines,
         round_bytes,
-        [rank // ranks_per_node for rank in range(layout.ranks)],
+        nodes + apart,
     )
 
 
 def plan_of_run(
-    config: Config, *, ranks: int, ranks_per_node: int, whole_tensors: bool = False
+    config: Config,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    whole_tensors: bool = False,
+    rollout_ranks: int = 0,
 ) -> Plan:
     """Plans the weight sync of a run on a cluster; only the model's `config.json` need exist.
+
+    Engines are inside the `ranks` of the policy, or on `rollout_ranks` of their own.
 
     Raises:
         UserError: An impossible layout, or a folder that describes no model of a known family.
     """
     check_layout(config, ranks)
+    check_engines(config, rollout_ranks)
     family, dims = read_model(config.model.path)
     check_model(
         config, heads=dims.heads, kv_heads=dims.kv_heads, layers=dims.layers, vocab=dims.vocab
     )
-    parallel = config.parallel
     return plan_sync(
-        MegatronLayout(family, dims, ranks, parallel.tensor, parallel.pipeline),
+        MegatronLayout(family, dims, ranks, config.parallel),
         config.rollout.tensor_parallel,
         dtype=_DTYPES[config.model.precision],
         round_bytes=config.rollout.sync_round_mib * _MIB,
         ranks_per_node=ranks_per_node,
         whole_tensors=whole_tensors,
+        rollout_ranks=rollout_ranks,
     )

@@ -100,7 +100,7 @@ def run_tool(name: str, convert: Callable[[Rate], None]) -> int:
 
 
 def convert_to_megatron(
-    source: str | Path, out: str | Path, *, tensor: int, pipeline: int, rate: Rate
+    source: str | Path, out: str | Path, parallel: ParallelConfig, *, rate: Rate
 ) -> None:
     """Writes weights of either kind as the ranks of a layout hold them; collective over the world.
 
@@ -115,12 +115,12 @@ def convert_to_megatron(
             family, dims = read_model(source)
             store = stack.enter_context(open_store(source))
             specs = _audited(store, family, dims)
-            parts = _cut(family, dims, specs, tensor, pipeline)
+            parts = _cut(family, dims, specs, parallel)
             if world_rank() == 0:
                 refuse_existing(out)
                 open_partial(out)
                 copy_side_files(source, partial)
-                manifest = Manifest(tensor, pipeline, _described(specs), parts)
+                manifest = Manifest(parallel.tensor, parallel.pipeline, _described(specs), parts)
                 write_json(partial / MANIFEST, manifest)
         mine = list(parts.items())[world_rank() :: world_size()]
         by_name = {spec.name: spec for spec in specs}
@@ -174,15 +174,19 @@ def _audited(store: Store, family: Family, dims: ModelDims) -> list[TensorSpec]:
 
 
 def _cut(
-    family: Family, dims: ModelDims, specs: Sequence[TensorSpec], tensor: int, pipeline: int
+    family: Family, dims: ModelDims, specs: Sequence[TensorSpec], parallel: ParallelConfig
 ) -> dict[str, list[StoredBox]]:
     """Returns the boxes of each rank's file."""
-    config = Config(parallel=ParallelConfig(tensor=tensor, pipeline=pipeline))
+    heads, kv_heads = dims.heads, dims.kv_heads
     check_model(
-        config, heads=dims.heads, kv_heads=dims.kv_heads, layers=dims.layers, vocab=dims.vocab
+        Config(parallel=parallel),
+        heads=heads,
+        kv_heads=kv_heads,
+        layers=dims.layers,
+        vocab=dims.vocab,
     )
-    ranks = tensor * pipeline
-    stores = MegatronLayout(family, dims, ranks, tensor, pipeline).stores
+    ranks = parallel.tensor * parallel.pipeline
+    stores = MegatronLayout(family, dims, ranks, parallel).stores
     return {
         f"rank-{rank:05d}-of-{ranks:05d}.safetensors": [
             StoredBox(region.tensor, region.box.start, region.box.stop) for region in regions

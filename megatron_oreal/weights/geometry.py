@@ -67,6 +67,12 @@ class Box:
                 stop[dim] = common.stop[dim]
         return parts
 
+    def part(self, number: int, count: int) -> Box | None:
+        """Returns part `number` of `count` nearly equal ones, cut in dimension 0; None if empty."""
+        lines = self.shape[0]
+        low, high = (self.start[0] + at * lines // count for at in (number, number + 1))
+        return Box((low, *self.start[1:]), (high, *self.stop[1:])) if low < high else None
+
     def moved(self, origin: tuple[int, ...], to: tuple[int, ...]) -> Box:
         """Returns the box as it lies once `origin` has come to lie at `to`."""
         shift = [there - here for here, there in zip(origin, to, strict=True)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from megatron_oreal.weights.cost import PlanSummary, summarise
 from megatron_oreal.weights.geometry import Box, Region
@@ -36,6 +36,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Parcel:
+    """What of a tensor travels in one round: disjoint atoms."""
+
+    spec: TensorSpec
+    atoms: tuple[Atom, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one copy of all."""
+        return sum(atom.box.size for atom in self.atoms) * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """An atom of a tensor, and how it reaches each rank that wants it."""
 
@@ -47,6 +60,9 @@ class Delivery:
     def nbytes(self) -> int:
         """Bytes of one copy."""
         return self.atom.box.size * self.spec.dtype.itemsize
+
+
+Sized = TypeVar("Sized", TensorSpec, Parcel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +104,7 @@ class RankRound:
 
 @dataclass(frozen=True)
 class Round:
-    """Whole tensors that travel together."""
+    """Tensors, or parts of one, that travel together."""
 
     tensors: tuple[TensorSpec, ...]
     deliveries: tuple[Delivery, ...]
@@ -159,7 +175,7 @@ def make_plan(
         tensors: What travels, in this order.
         sources: The regions each rank holds, by rank; they may replicate each other.
         targets: The regions each rank wants, by rank.
-        round_bytes: Bound on the whole tensors of a round; a larger tensor is a round of its own.
+        round_bytes: Bound on one copy of what travels in a round; larger tensors take several.
         nodes: The node of each rank; None: all are on one.
 
     Raises:
@@ -169,14 +185,17 @@ def make_plan(
     held, wanted = _by_tensor(sources), _by_tensor(targets)
     router = Router(nodes)
     cutter = _Cutter()
+    parcels = [
+        parcel
+        for spec in tensors
+        for parcel in _parcels(
+            spec, cutter.atoms(spec, held[spec.name], wanted[spec.name]), round_bytes
+        )
+    ]
     rounds = []
-    for group in group_by_bytes(tensors, round_bytes):
-        deliveries = [
-            Delivery(spec, atom, router.routes(atom, atom.box.size * spec.dtype.itemsize))
-            for spec in group
-            for atom in cutter.atoms(spec, held[spec.name], wanted[spec.name])
-        ]
-        rounds.append(Round(group, tuple(deliveries)))
+    for group in group_by_bytes(parcels, round_bytes):
+        deliveries = tuple(_deliveries(group, router))
+        rounds.append(Round(tuple(parcel.spec for parcel in group), deliveries))
     return Plan(nodes, tuple(rounds), held, wanted)
 
 
@@ -248,6 +267,37 @@ class _Cutter:
         return self._known[pattern]
 
 
+def _deliveries(parcels: Sequence[Parcel], router: Router) -> Iterator[Delivery]:
+    for parcel in parcels:
+        for atom in parcel.atoms:
+            nbytes = atom.box.size * parcel.spec.dtype.itemsize
+            yield Delivery(parcel.spec, atom, router.routes(atom, nbytes))
+
+
+def _parcels(spec: TensorSpec, atoms: Sequence[Atom], limit: int) -> Iterator[Parcel]:
+    """Yields the fewest parcels of at most `limit` bytes, each with its share of every atom.
+
+    A share of each, so that all holders have something to send in every round. A parcel has a line
+    of an atom at least, whatever the limit.
+    """
+    most = max((atom.box.shape[0] for atom in atoms), default=0)
+    count = max(1, sum(atom.box.size for atom in atoms) * spec.dtype.itemsize // limit)
+    while count < most and _largest(atoms, count) * spec.dtype.itemsize > limit:
+        count += 1
+    for number in range(count):
+        shares = [(atom, atom.box.part(number, count)) for atom in atoms]
+        found = tuple(replace(atom, box=share) for atom, share in shares if share)
+        if found:
+            yield Parcel(spec, found)
+
+
+def _largest(atoms: Sequence[Atom], count: int) -> int:
+    """Returns the most elements that one of `count` parcels may hold."""
+    return sum(
+        -(-atom.box.shape[0] // count) * (atom.box.size // atom.box.shape[0]) for atom in atoms
+    )
+
+
 def _places(regions: Sequence[Region], box: Box) -> tuple[Region, ...]:
     """Returns every part of the regions that lies at `box`, an atom of their tensor."""
     return tuple(region.narrow(box) for region in regions if region.box.intersect(box))
@@ -261,13 +311,15 @@ def _by_tensor(stores: Sequence[Sequence[Region]]) -> Stores:
     return found
 
 
-def group_by_bytes(tensors: Sequence[TensorSpec], limit: int) -> Iterator[tuple[TensorSpec, ...]]:
-    """Yields runs of whole tensors of at most `limit` bytes; a larger tensor comes alone."""
-    group: list[TensorSpec] = []
-    for spec in tensors:
-        if group and sum(other.nbytes for other in group) + spec.nbytes > limit:
+def group_by_bytes(things: Sequence[Sized], limit: int) -> Iterator[tuple[Sized, ...]]:
+    """Yields runs of things of at most `limit` bytes; a larger one comes alone."""
+    group: list[Sized] = []
+    total = 0
+    for thing in things:
+        if group and total + thing.nbytes > limit:
             yield tuple(group)
-            group = []
-        group.append(spec)
+            group, total = [], 0
+        group.append(thing)
+        total += thing.nbytes
     if group:
         yield tuple(group)

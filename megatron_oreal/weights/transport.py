@@ -75,15 +75,17 @@ def stream_full_tensors(
         meddle: See `Meddle`.
     """
     read = region_view(tensors)
-    for round_ in rounds:
-        whole = {
-            spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            for spec in round_.tensors
-        }
+    last_round = {spec.name: number for number, part in enumerate(rounds) for spec in part.tensors}
+    whole: dict[str, torch.Tensor] = {}
+    for number, round_ in enumerate(rounds):
+        for spec in round_.tensors:
+            if spec.name not in whole:
+                whole[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
         write = region_view(whole)
         _run_round(round_, read, write, device=device, group=group, meddle=meddle)
-        yield from whole.items()
-        whole.clear()  # or two rounds would live side by side
+        for spec in round_.tensors:
+            if last_round[spec.name] == number:
+                yield spec.name, whole.pop(spec.name)  # or two rounds would live side by side
 
 
 def _run_round(

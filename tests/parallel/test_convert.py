@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.schema import ParallelConfig
 from megatron_oreal.weights.convert import Rate, convert_to_hf, convert_to_megatron
 from megatron_oreal.weights.sharded import MANIFEST, ShardedCheckpoint
 from tests.ranks import RankPools
@@ -25,9 +27,10 @@ KIB = 1 << 10
 Convert = Callable[..., list[str]]
 
 
-def cut(source: Path, out: Path, tensor: int, pipeline: int) -> list[str]:
+def cut(source: Path, out: Path, tensor: int, pipeline: int, first: int | None = None) -> list[str]:
     said: list[str] = []
-    convert_to_megatron(source, out, tensor=tensor, pipeline=pipeline, rate=Rate(said.append))
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline, first_stage_layers=first)
+    convert_to_megatron(source, out, layout, rate=Rate(said.append))
     return said
 
 
@@ -47,8 +50,10 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
-def policy_from(weights: Path) -> dict[str, torch.Tensor]:
-    source = open_models(make_config(weights))
+def policy_from(weights: Path, first: int | None = None) -> dict[str, torch.Tensor]:
+    config = make_config(weights)
+    layout = replace(config.parallel, first_stage_layers=first)
+    source = open_models(replace(config, parallel=layout))
     return whole_weights(source, make_policy(source))
 
 
@@ -69,7 +74,7 @@ def test_there_and_back_again_is_bitwise(
     folder = write_toy(tmp_path / "hf", toy)
     tensors = {name: tensor.to(dtype) for name, tensor in read(folder).items()}
     save_file(tensors, folder / "model.safetensors")
-    first, second = ((3, 1), (1, 2)) if toy == "smollm2" else ((4, 2), (2, 1))
+    first, second = ((3, 3, 2), (1, 2)) if toy == "smollm2" else ((4, 2), (2, 1))
     world = ranks(ranks_converting)
     said = world.run(cut, folder, tmp_path / "first", *first)
     world.run(cut, tmp_path / "first", tmp_path / "second", *second)
@@ -87,6 +92,16 @@ def test_any_layout_trains_from_the_files_of_any_other(
     folder = write_toy(tmp_path / "hf", toy)
     ranks(2).run(cut, folder, tmp_path / "cut", 4, 1)
     for loaded in ranks(4).run(policy_from, tmp_path / "cut", tp=2, pp=2):
+        assert loaded.keys() == read(folder).keys()
+        assert all(torch.equal(loaded[name], t) for name, t in read(folder).items())
+
+
+@pytest.mark.parametrize(("stages", "first"), [(2, 1), (3, 2)])
+def test_stages_of_different_depth_are_loaded_and_left_bitwise(
+    ranks: RankPools, tmp_path: Path, stages: int, first: int
+) -> None:
+    folder = write_toy(tmp_path / "hf", "smollm2")
+    for loaded in ranks(stages).run(policy_from, folder, first, pp=stages):
         assert loaded.keys() == read(folder).keys()
         assert all(torch.equal(loaded[name], t) for name, t in read(folder).items())
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from megatron_oreal.engine.micro_batch import ScorePosition
 from tests.ranks import RankPools
-from tests.toy_models import Scored, make_trajectories, score, write_toy
+from tests.toy_models import (
+    Scored,
+    make_config,
+    make_policy,
+    make_trajectories,
+    open_models,
+    pack,
+    score,
+    write_toy,
+)
 
 pytestmark = pytest.mark.parallel
 
@@ -86,6 +96,27 @@ def scores(
     toy, (size, tp, pp) = request.param
     folder, expected = toys(toy)
     return Scores(expected, ranks(size).run(score, folder, tp=tp, pp=pp))
+
+
+def uneven_logprobs(folder: Path, first: int | None, last: int | None) -> list[torch.Tensor]:
+    config = make_config(folder)
+    layout = replace(config.parallel, first_stage_layers=first, last_stage_layers=last)
+    policy = make_policy(open_models(replace(config, parallel=layout)))
+    return policy.logprobs(pack(make_trajectories())).logprobs
+
+
+@pytest.mark.parametrize(
+    ("stages", "ends"), [(2, (1, None)), (3, (None, 2)), (3, (1, 1))], ids=["1+3", "1+1+2", "1+2+1"]
+)
+def test_stages_of_different_depth(
+    ranks: RankPools,
+    toys: Callable[[str], tuple[Path, Expected]],
+    stages: int,
+    ends: tuple[int | None, int | None],
+) -> None:
+    folder, expected = toys("smollm2")
+    for logprobs in ranks(stages).run(uneven_logprobs, folder, *ends, pp=stages):
+        assert_close(logprobs, expected.logprobs)
 
 
 def assert_close(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:

@@ -101,12 +101,40 @@ def test_engine_that_does_not_divide_the_world() -> None:
             ["parallel.pipeline=3", "parallel.virtual_pipeline=2"],
             "parallel.virtual_pipeline=2: does not divide the 1 layers of a pipeline rank",
         ),
+        (
+            ["parallel.pipeline=3", "parallel.last_stage_layers=2"],
+            "parallel.pipeline=3: stages with parallel.last_stage_layers=2 cannot share out the "
+            "model's 3 layers; change one of these",
+        ),
+        (
+            [
+                *("parallel.pipeline=2", "parallel.first_stage_layers=1"),
+                "parallel.last_stage_layers=1",
+            ],
+            "parallel.pipeline=2: stages with parallel.first_stage_layers=1 and "
+            "parallel.last_stage_layers=1 cannot",
+        ),
+        (["parallel.first_stage_layers=3"], "parallel.pipeline=1: stages with"),
     ],
 )
 def test_model_that_the_layout_cannot_cut(overrides: list[str], start: str) -> None:
     with pytest.raises(UserError) as caught:
         check_model(config(*overrides), heads=6, kv_heads=2, layers=3, vocab=100)
     assert str(caught.value).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "stages"),
+    [(1, None, (1, 3, 3, 3)), (None, 1, (3, 3, 3, 1)), (2, 2, (2, 3, 3, 2)), (4, 4, (4, 1, 1, 4))],
+)
+def test_the_ends_of_a_pipeline_may_hold_other_numbers_of_layers(
+    first: int | None, last: int | None, stages: tuple[int, ...]
+) -> None:
+    ends = [f"parallel.first_stage_layers={first or 'null'}"]
+    ends.append(f"parallel.last_stage_layers={last or 'null'}")
+    layout = config("parallel.pipeline=4", *ends)
+    assert layout.parallel.layers_of_stages(10) == stages
+    check_model(layout, heads=6, kv_heads=2, layers=10, vocab=100)
 
 
 def test_key_value_heads_may_be_copied() -> None:

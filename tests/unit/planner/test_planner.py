@@ -14,7 +14,7 @@ import pytest
 from megatron_oreal.cli import main
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
-from megatron_oreal.config.schema import Config
+from megatron_oreal.config.schema import Config, ParallelConfig
 from megatron_oreal.models.qwen2 import QWEN2
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.planner.duration import (
@@ -48,12 +48,18 @@ def test_parameters_are_the_published_counts() -> None:
 
 
 @pytest.mark.parametrize("dims", [replace(DIMS, layers=4), replace(TIED, layers=4)])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 2), (1, 4)])
-def test_a_rank_holds_what_its_layout_says(dims, tensor: int, pipeline: int) -> None:
-    layout = MegatronLayout(QWEN2, dims, tensor * pipeline, tensor, pipeline)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "last"),
+    [(1, 1, None), (2, 1, None), (4, 2, None), (1, 4, None), (2, 2, 1)],
+)
+def test_a_rank_holds_what_its_layout_says(
+    dims, tensor: int, pipeline: int, last: int | None
+) -> None:
+    cut = ParallelConfig(tensor=tensor, pipeline=pipeline, last_stage_layers=last)
+    layout = MegatronLayout(QWEN2, dims, tensor * pipeline, cut)
     for stage in range(pipeline):
         held = sum(math.prod(shape) for shape in layout.shapes(stage).values())
-        assert stage_parameters(dims, tensor, pipeline, stage, "vocab") == held
+        assert stage_parameters(dims, cut, stage, "vocab") == held
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

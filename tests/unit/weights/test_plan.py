@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_oreal.weights.cost import Load
 from megatron_oreal.weights.geometry import Box, Region
 from megatron_oreal.weights.layout import hf_regions
 from megatron_oreal.weights.plan import (
@@ -103,9 +104,12 @@ def test_every_wanted_element_is_written_once_with_its_value(data: st.DataObject
     truth = torch.arange(shape[0] * shape[1]).reshape(shape)
     sources = data.draw(any_layout(shape, ranks))
     targets = data.draw(any_layout(shape, ranks))
-    plan = make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, 1, nodes)
+    limit = data.draw(st.integers(1, 500))
+    plan = make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, limit, nodes)
     process = Process(truth, targets)
-    process.run([plan.part_of(rank)[0] for rank in range(ranks)])
+    parts = [plan.part_of(rank) for rank in range(ranks)]
+    for number in range(len(plan.rounds)):
+        process.run([part[number] for part in parts])
     for rank, regions in enumerate(targets):
         for region in regions:
             held = process.got[rank][region.key][region.local.slices]
@@ -116,7 +120,7 @@ def test_every_wanted_element_is_written_once_with_its_value(data: st.DataObject
         == cost.lower_bound_across_nodes
         == needed(shape, sources, targets, nodes)
     )
-    assert make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, 1, nodes) == plan
+    assert make_plan([TensorSpec("w", shape, torch.int64)], sources, targets, limit, nodes) == plan
 
 
 def needed(shape: tuple[int, int], sources: Layout, targets: Layout, nodes: list[int]) -> int:
@@ -176,7 +180,7 @@ def test_a_rank_takes_its_own_and_replicas_share_the_rest() -> None:
     targets = [[whole(name, shape) for name in "ab"]] * 4
     summary = make_plan(specs, sources, targets, 100).summary()
     assert (summary.bytes_local, summary.bytes_moved) == (4 * 2 * 4, 4 * 2 * 4)
-    assert (summary.busiest_rank_sends, summary.busiest_rank_receives) == (8, 8)
+    assert (summary.rank_sends, summary.rank_receives) == (Load(8, 8.0), Load(8, 8.0))
     assert (summary.rounds, summary.largest_round) == (1, 16)
 
 
@@ -187,8 +191,31 @@ def test_rounds_hold_whole_tensors_within_the_bound() -> None:
     ]
     store = hf_regions({spec.name: spec.shape for spec in specs})
     plan = make_plan(specs, [store], [store], 12)
-    assert [[spec.name for spec in r.tensors] for r in plan.rounds] == [["a", "b"], ["c"], ["d"]]
-    assert plan.summary().largest_round == 36
+    rounds = [[spec.name for spec in r.tensors] for r in plan.rounds]
+    assert rounds == [["a", "b"], ["c"], ["c"], ["c"], ["d"]]
+    assert plan.summary().largest_round == 12
+
+
+def test_a_larger_tensor_takes_rounds_with_a_share_of_every_rank_in_each() -> None:
+    """Two ranks hold two rows of four bytes each and want all of them, eight bytes at a time."""
+    spec = TensorSpec("a", (4, 1), torch.float32)
+    sources = [[rows("a", 0, 2, 1)], [rows("a", 2, 4, 1)]]
+    plan = make_plan([spec], sources, [[whole("a", (4, 1))]] * 2, 8)
+    boxes = [[delivery.atom.box for delivery in r.deliveries] for r in plan.rounds]
+    assert boxes == [
+        [Box((0, 0), (1, 1)), Box((2, 0), (3, 1))],
+        [Box((1, 0), (2, 1)), Box((3, 0), (4, 1))],
+    ]
+    assert plan.summary().peak_staging == 8
+
+
+@given(st.data())
+def test_no_round_is_above_its_bound(data: st.DataObject) -> None:
+    """Up to seven bands of rows, of each of which a line of 32 bytes must fit."""
+    sources, targets = (data.draw(layouts((9, 4), 3)) for _ in range(2))
+    limit = data.draw(st.integers(7 * 32, 9 * 32))
+    plan = make_plan([TensorSpec("w", (9, 4), torch.float64)], sources, targets, limit)
+    assert plan.summary().largest_round <= limit
 
 
 def test_both_ends_of_a_pair_list_the_same_transfers() -> None:
@@ -213,7 +240,8 @@ def test_what_a_node_lacks_enters_it_once_at_ranks_by_turns() -> None:
     ]
     cost = plan.summary()
     assert (cost.bytes_local, cost.bytes_in_node, cost.bytes_across_nodes) == (32, 16, 16)
-    assert (cost.ratio, cost.busiest_node_sends, cost.busiest_rank_sends) == (1.0, 16, 8)
+    assert (cost.ratio, cost.node_sends, cost.node_receives) == (1.0, Load(16, 16), Load(16, 16))
+    assert (cost.rank_sends, cost.rank_across_nodes) == (Load(8, 8.0), Load(8, 4.0))
     assert cost.peak_staging == 8 + 16  # a rank was sent one tensor, relays it and gets the other
 
 
@@ -229,10 +257,10 @@ def test_a_tensor_wanted_in_two_places_of_a_rank_travels_once() -> None:
 def test_a_plan_explains_itself() -> None:
     spec = TensorSpec("a", (1 << 18, 1), torch.float32)
     store = [whole("a", spec.shape)]
-    plan = make_plan([spec], [store, []], [[], store], 100, nodes=[0, 1])
-    assert "across nodes            1.0 MiB\n  at least              1.0 MiB (ratio 1.000)" in (
-        plan.explain()
-    )
+    plan = make_plan([spec], [store, []], [[], store], 1 << 20, nodes=[0, 1])
+    text = plan.explain()
+    assert "across nodes            1.0 MiB\n  at least              1.0 MiB (ratio 1.000)" in text
+    assert "a node receives         at most 1.0 MiB, mean 1.0 MiB" in text
     assert plan.summary().as_dict()["bytes_across_nodes"] == 1 << 20
 
 
