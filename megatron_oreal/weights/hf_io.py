@@ -171,13 +171,19 @@ class HfWriter:
         self._shard = 0
         self._pending: dict[str, torch.Tensor] = {}
         config_json = read_config_json(source) | dict(config_changes or {})
-        if not prepare:
-            return
-        open_partial(self.folder)
-        copy_side_files(source, self.partial)
-        dtype = str(tensors[0].dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in config_json else "dtype"
-        write_json(self.partial / "config.json", {**config_json, key: dtype})
+        config_json[key] = str(tensors[0].dtype).removeprefix("torch.")
+        if prepare:
+            self._prepare(source, config_json)
+
+    def _prepare(self, source: str | Path, config_json: Mapping[str, Any]) -> None:
+        try:
+            open_partial(self.folder)
+            copy_side_files(source, self.partial)
+            write_json(self.partial / "config.json", dict(config_json))
+        except OSError:
+            self.discard()
+            raise
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Takes the next tensor, in the order of `tensors`, and writes the shard that it fills.
@@ -209,7 +215,10 @@ class HfWriter:
         return path
 
     def finish(self) -> None:
-        """Writes the index, reads everything back and gives the folder its name.
+        """Writes the index, audits what was written and gives the folder its name.
+
+        The audit reads every header, in which safetensors checks the byte counts of all tensors
+        against the length of the file.
 
         Raises:
             ValueError: Tensors are missing, or what was read back is not what was planned.
@@ -224,6 +233,7 @@ class HfWriter:
             for spec in self._tensors:
                 if written.spec(spec.name) != spec:
                     raise ValueError(f"{spec.name} was written as {written.spec(spec.name)}")
+            written.audit({spec.name: spec.shape for spec in self._tensors}, frozenset())
         give_name(self.folder)
 
     def discard(self) -> None:

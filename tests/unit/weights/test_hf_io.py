@@ -14,10 +14,12 @@ from megatron_oreal.models.family import Family
 from megatron_oreal.models.llama import LLAMA
 from megatron_oreal.models.qwen2 import QWEN2
 from megatron_oreal.models.qwen3 import QWEN3
+from megatron_oreal.weights import bridge
 from megatron_oreal.weights.geometry import Box
 from megatron_oreal.weights.hf_io import HfCheckpoint, HfWriter
+from megatron_oreal.weights.layout import MegatronPlace
 from megatron_oreal.weights.plan import TensorSpec
-from tests.unit.weights.toy import DIMS, random_hf, write_hf
+from tests.unit.weights.toy import DIMS, megatron_shard, random_hf, write_hf
 
 NONE: frozenset[str] = frozenset()
 SPECS = [TensorSpec("a", (2, 3), torch.float32), TensorSpec("b", (4,), torch.float32)]
@@ -46,6 +48,15 @@ def test_boxes_come_out_as_they_are_in_the_file(source: Path) -> None:
             assert torch.equal(checkpoint.read(name, box), hf[name][3:7, 2:16])
         norm = checkpoint.read("model.norm.weight", Box((5,), (9,)))
         assert torch.equal(norm, hf["model.norm.weight"][5:9])
+
+
+def test_large_tensors_are_read_in_parts(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "_READ_BYTES", 100)
+    place = MegatronPlace(1, 2, 0)
+    expected = megatron_shard(random_hf(DIMS), DIMS, place, DIMS.layers, fused_norms=True)
+    params = {name: torch.full_like(tensor, torch.nan) for name, tensor in expected.items()}
+    bridge.load_hf(params, source, QWEN2, DIMS, place)
+    assert all(torch.equal(params[name], expected[name]) for name in expected)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
