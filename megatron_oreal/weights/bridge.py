@@ -62,7 +62,7 @@ class HfStream:
     @property
     def received(self) -> tuple[str, ...]:
         """Names of the tensors that come to this rank."""
-        return tuple(spec.name for round_ in self.rounds for spec in round_.tensors)
+        return tuple(dict.fromkeys(spec.name for part in self.rounds for spec in part.tensors))
 
     def full_tensors(self, meddle: Meddle | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields `(Hugging Face name, whole tensor)` in the order of `tensors`, round by round.

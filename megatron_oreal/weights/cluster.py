@@ -48,20 +48,23 @@ class MegatronLayout:
         return [parts[rank // per_stage, rank % tensor] for rank in range(self.ranks)]
 
     def shapes(self, stage: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the parameters that each rank of a pipeline stage holds."""
-        layers = self._layers[stage]
+        """Returns the shapes of the parameters that each rank of a pipeline stage holds.
+
+        Their names count layers over the whole model.
+        """
+        layers = self._layers(stage)
         shapes = {}
         for row in self.family.rows:
             shape = self._local_shape(row)
             name = row.megatron[0]
             if "{i}" in name:
-                shapes |= {name.replace("{i}", str(layer)): shape for layer in range(layers)}
+                shapes |= {name.replace("{i}", str(layer)): shape for layer in layers}
             elif self._stands_at(row, stage):
                 shapes[name] = shape
         return shapes
 
     def _regions(self, stage: int, rank: int) -> list[Region]:
-        place = MegatronPlace(rank, self.parallel.tensor, sum(self._layers[:stage]))
+        place = MegatronPlace(rank, self.parallel.tensor)
         return megatron_regions(self.family, self.dims, self.shapes(stage), place)
 
     def _stands_at(self, row: Row, stage: int) -> bool:
@@ -81,9 +84,12 @@ class MegatronLayout:
             return (lines, others[0] // tensor)
         return (math.ceil(sum(shape[0] for shape in shapes) / tensor), *others)
 
-    @property
-    def _layers(self) -> tuple[int, ...]:
-        return self.parallel.layers_of_stages(self.dims.layers)
+    def _layers(self, stage: int) -> list[int]:
+        """Returns a stage's layers: one block of them for each virtual stage, interleaved."""
+        virtual = self.parallel.virtual_pipeline
+        blocks = [held // virtual for held in self.parallel.layers_of_stages(self.dims.layers)]
+        starts = [turn * sum(blocks) + sum(blocks[:stage]) for turn in range(virtual)]
+        return [layer for start in starts for layer in range(start, start + blocks[stage])]
 
 
 def plan_sync(

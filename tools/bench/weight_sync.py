@@ -218,8 +218,7 @@ class Gather:
 
     def _regions(self, stage: int, rank: int) -> Mapping[str, list[Region]]:
         bench = self.bench
-        offset = sum(bench.parallel.layers_of_stages(bench.dims.layers)[:stage])
-        place = MegatronPlace(rank, bench.parallel.tensor, offset)
+        place = MegatronPlace(rank, bench.parallel.tensor)
         found: defaultdict[str, list[Region]] = defaultdict(list)
         for region in megatron_regions(bench.family, bench.dims, self.shapes[stage], place):
             found[region.key].append(region)

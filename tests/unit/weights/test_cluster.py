@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,26 @@ def test_an_impossible_cluster_is_one_line(
     assert message in line
 
 
+def counted_over_the_model(name: str, offset: int) -> str:
+    return re.sub(r"(?<=layers\.)\d+", lambda layer: str(int(layer.group()) + offset), name)
+
+
+def test_virtual_stages_are_interleaved() -> None:
+    """Of six layers the first rank of three has 0 and 3; uneven, of two, 0 and 3 or 1, 2, 4, 5."""
+    dims = replace(TOY, layers=6)
+    for cut, expected in (
+        (ParallelConfig(pipeline=3, virtual_pipeline=2), [[0, 3], [1, 4], [2, 5]]),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=2, first_stage_layers=2),
+            [[0, 3], [1, 2, 4, 5]],
+        ),
+    ):
+        layout = MegatronLayout(QWEN2, dims, cut.pipeline, cut)
+        for stage, layers in enumerate(expected):
+            found = set(re.findall(r"layers\.(\d+)", " ".join(layout.shapes(stage))))
+            assert sorted(map(int, found)) == layers
+
+
 @pytest.mark.parametrize("dims", [TOY, replace(TIED, layers=4)], ids=["untied", "tied"])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize(("pipeline", "first"), [(1, None), (2, None), (2, 1)])
@@ -107,6 +128,7 @@ def test_parameters_are_those_of_shards_cut_by_hand(
         shapes = layout.shapes(stage)
         place = MegatronPlace(0, tensor, sum(stages[:stage]))
         shard = megatron_shard(random_hf(dims), dims, place, stages[stage], fused_norms=False)
+        shard = {counted_over_the_model(name, place.layer_offset): t for name, t in shard.items()}
         assert shapes.keys() == shard.keys()
         padded = {"embedding.word_embeddings.weight", "output_layer.weight"}
         assert all(shapes[name] == shard[name].shape for name in shard.keys() - padded)

@@ -22,6 +22,8 @@ LAYOUTS = [
     ParallelConfig(tensor=4, pipeline=3, first_stage_layers=2, last_stage_layers=3),
     ParallelConfig(pipeline=2, last_stage_layers=1),
     ParallelConfig(pipeline=6),
+    ParallelConfig(pipeline=3, virtual_pipeline=2),
+    ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, first_stage_layers=2),
 ]
 NINE_HEADS = [
     ParallelConfig(tensor=3),
@@ -51,14 +53,13 @@ def test_there_and_back_again_is_bitwise(
     family = find_family({"model_type": dims.family})
     ranks = layout.tensor * layout.pipeline
     cluster = MegatronLayout(family, dims, ranks, layout)
-    stages = layout.layers_of_stages(dims.layers)
     torch.manual_seed(0)
     hf = {name: torch.randn(shape) for name, shape in family.tensors(dims).items()}
     back = {name: torch.full_like(tensor, torch.nan) for name, tensor in hf.items()}
     for rank in range(ranks):
         stage, tensor_rank = divmod(rank, layout.tensor)
         shapes = {n: padded(n, s, vocab_multiple) for n, s in cluster.shapes(stage).items()}
-        place = MegatronPlace(tensor_rank, layout.tensor, sum(stages[:stage]))
+        place = MegatronPlace(tensor_rank, layout.tensor)
         regions = megatron_regions(family, dims, shapes, place)
         local = {name: torch.zeros(shape) for name, shape in shapes.items()}
         for region in regions:
