@@ -69,7 +69,7 @@ CASES = {
         4, tp=2, distributed_optimizer=False, trajectories=1
     ),
 }
-"""A choice of layouts, `test_invariance` has more; and those where a data-parallel rank has nothing."""
+"""A choice of layouts, `test_invariance` has more; and where a data-parallel rank has nothing."""
 
 
 class Run(NamedTuple):
