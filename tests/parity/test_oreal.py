@@ -1,6 +1,38 @@
 """One iteration of the loop on Megatron against `plain_oreal` on transformers in float64.
 
-Losses, every metric and every gradient, over a set of cases in which every pair of switches meets.
+Losses, every metric and every gradient, over a set of cases in which every pair of switches meets:
+all of them on one rank, some on four, where two share each sequence.
+
+Mutations, each a fault in the code that the loop runs, tried one by one on a dozen of the cases:
+`losses`, `metrics` (gradient norms among them) and `gradients` are the tests below that failed.
+What is marked "four" shows on the four ranks alone.
+
+| fault | where | what fails |
+| --- | --- | --- |
+| a token dropped from N- | `objectives.count_tokens` | losses, metrics, gradients |
+| w+ and w- swapped | `token_weights` | losses, metrics, gradients |
+| KL scaled by the ranks of a sequence | `loop` | losses, metrics, gradients; four |
+| exp(logp - stopgrad(logp)) with the other term detached | `objectives` | metrics, gradients |
+| logp detached in the KL term | `objectives` | metrics, gradients |
+| k1 of the other sign | `kl` | losses, metrics, gradients |
+| d of k3 turned round | `kl` | losses, metrics, gradients |
+| advantage left out of the negative loss | `objectives` | losses, metrics, gradients |
+| cloning always times the advantage | `objectives` | losses, metrics, gradients |
+| factors of the two sides swapped | `objectives` | losses, metrics, gradients |
+| KL divided by N+ alone | `objectives` | losses, metrics, gradients |
+| labels of Eq. 12 inverted | `objectives` | losses, metrics, gradients |
+| mean score over all tokens of the micro-batch | `engine.heads` | losses, metrics, gradients |
+| running mean of scores from the end | `token_weights` | losses, metrics, gradients |
+| topk keeps the smallest | `token_weights` | losses, metrics, gradients |
+| N+ and N- of this rank | `loop` | losses, metrics, gradients; four |
+| sequences of Eq. 12 of this rank | `loop` | losses, metrics, gradients; four |
+| loss of Eq. 12 counted by each rank of a sequence | `engine.heads` | losses; four |
+| log-probabilities read one token late | `engine.micro_batch` | losses, metrics, gradients |
+| token scores `at` read one token early | `engine.micro_batch` | losses, metrics, gradients |
+| rloo: less the mean of all K rewards | `shaping` | losses, metrics, gradients |
+| grpo: biased standard deviation | `shaping` | losses, metrics, gradients |
+| unverified answers with a reward of 0 in the statistics | `shaping` | losses, metrics, gradients |
+| a token counted for Megatron, which divides | `engine.megatron_model` | metrics, gradients |
 """
 
 from __future__ import annotations
