@@ -77,6 +77,11 @@ def _with_subject(arguments: Sequence[str]) -> list[str]:
 
 def _plan(options: argparse.Namespace, config: Config) -> int:
     """Prints what a run takes, or what its weight sync costs; returns 0."""
+    if config.rollout.backend != "vllm":
+        raise UserError(
+            f"rollout.backend={config.rollout.backend}: plans are of engines inside the training"
+            " ranks; set vllm"
+        )
     text = (_plan_weights if options.subject == "weights" else _plan_run)(options, config)
     print(text)  # noqa: T201  the result
     return 0

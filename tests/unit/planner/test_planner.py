@@ -190,6 +190,13 @@ def test_the_command_refuses_on_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "nearest that fit: parallel.tensor=" in line
 
 
+def test_engines_in_servers_are_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    served = arguments("rollout.backend=vllm_server", "rollout.server_hosts=[http://a:1]")
+    assert main(served) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rollout.backend=vllm_server: plans are of engines inside the training ranks" in line
+
+
 def test_planning_imports_no_torch() -> None:
     program = f"""
 import sys
