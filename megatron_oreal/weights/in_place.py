@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_oreal.models.family import Family, ModelDims
     from megatron_oreal.weights.bridge import Survey
     from megatron_oreal.weights.geometry import Region
+    from megatron_oreal.weights.transport import View
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class InPlace:
     params: Mapping[str, torch.Tensor]
     live: LiveShard
     sums: SourceSums
+    read: View
+    write: View
 
     def carry(self, meddle: Meddle | None = None) -> None:
         """Writes the policy's present weights into the live ones; collective over the world."""
-        read, write = region_view(self.params), region_view(self.live.parameters)
         device = next(iter(self.params.values())).device
-        execute(self.rounds, read, write, device=device, meddle=meddle)
+        execute(self.rounds, self.read, self.write, device=device, meddle=meddle)
 
     def expected(self) -> Checksums:
         """Returns what this rank's live parameters must come to; collective over the world."""
@@ -96,4 +98,6 @@ def open_in_place(
         params=params,
         live=live,
         sums=source_sums(survey.tensors, survey.sources, layouts, rank=rank, params=params),
+        read=region_view(params),
+        write=region_view(live.parameters),
     )
