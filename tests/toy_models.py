@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -131,8 +131,9 @@ def make_config(
     distributed_optimizer: bool = True,
     token_score: ScorePosition = "before",
     optimizer: OptimizerConfig | None = None,
+    **engine: Any,
 ) -> Config:
-    """A config in fp32 of the layout that this rank's world has."""
+    """A config in fp32 of the layout that this rank's world has; `engine`: keys of that section."""
     here = topology.current()
     optimizer = optimizer or OptimizerConfig(lr=1e-3)
     return Config(
@@ -145,7 +146,7 @@ def make_config(
             sequence_parallel=sequence_parallel,
             distributed_optimizer=distributed_optimizer,
         ),
-        engine=EngineConfig(head_chunk_tokens=4),  # several chunks in every micro-batch
+        engine=EngineConfig(**{"head_chunk_tokens": 4, **engine}),  # chunks in every micro-batch
         oreal=OrealConfig(token_score=token_score),
         policy_optimizer=optimizer,
         token_rm_optimizer=optimizer,

@@ -82,6 +82,8 @@ class EngineConfig:
     """How a batch goes through the Megatron models."""
 
     tokens_per_micro_batch: int = 16384
+    pad_to_budget: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     head_chunk_tokens: int = 512
     max_skipped_steps: int = 3
 

@@ -28,9 +28,9 @@ def pack(
     """Returns `[data_rank][micro_batch]` -> indices into `lengths`, each index exactly once.
 
     Every rank gets the same number of micro-batches, at least one; some may be empty. The result
-    depends on the arguments alone. Longest first into the cheapest micro-batch with room, with as
-    few micro-batches as that allows; then the dearest micro-batch to the cheapest rank, so that the
-    m-th ones of all ranks are alike.
+    depends on the arguments alone, and but for indices not on the order of lengths. Longest first to
+    the rank that has least to compute so far, into its cheapest micro-batch with room; with as few
+    micro-batches as that allows. A rank's dearest comes first.
 
     Args:
         lengths: Tokens of each sequence, at least 1.
@@ -54,10 +54,16 @@ def pack(
     descending = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     fewest = -(-sum(lengths) // (capacity * data_ranks))
     per_rank = _round_up(max(1, fewest), micro_batch_multiple)
-    # Ends: with a micro-batch for each sequence the cheapest is an empty one, and has room.
-    while (bins := _fill(descending, lengths, per_rank * data_ranks, capacity)) is None:
+    # Ends: with a micro-batch for each sequence every rank has an empty one, and room.
+    while (bins := _fill(descending, lengths, (data_ranks, per_rank), capacity)) is None:
         per_rank += micro_batch_multiple
-    return _deal(bins, [sum(_cost(lengths[i]) for i in indices) for indices in bins], data_ranks)
+    return tuple(
+        tuple(
+            tuple(sorted(indices))
+            for indices in sorted(rank, key=lambda b: -sum(_cost(lengths[i]) for i in b))
+        )
+        for rank in bins
+    )
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -68,31 +74,23 @@ def _cost(length: int) -> float:
     return length + length * length / ATTENTION_EQUALS_LINEAR_TOKENS
 
 
-def _fill(descending: list[int], lengths: Sequence[int], count: int, capacity: int) -> Bins | None:
-    """Returns `count` bins of indices, or None where one found no room."""
-    bins: Bins = [[] for _ in range(count)]
-    tokens, costs = [0] * count, [0.0] * count
+def _fill(
+    descending: list[int], lengths: Sequence[int], counts: tuple[int, int], capacity: int
+) -> list[Bins] | None:
+    """Returns bins of indices, `counts` ranks of as many bins; None where one found no room."""
+    ranks, per_rank = counts
+    bins: list[Bins] = [[[] for _ in range(per_rank)] for _ in range(ranks)]
+    tokens = [[0] * per_rank for _ in range(ranks)]
+    costs = [[0.0] * per_rank for _ in range(ranks)]
     for index in descending:
-        roomy = (b for b in range(count) if tokens[b] + lengths[index] <= capacity)
-        best = min(roomy, key=costs.__getitem__, default=None)
-        if best is None:
+        most = capacity - lengths[index]
+        roomy = (r for r in range(ranks) if min(tokens[r]) <= most)
+        rank = min(roomy, key=lambda r: sum(costs[r]), default=None)
+        if rank is None:
             return None
-        bins[best].append(index)
-        tokens[best] += lengths[index]
-        costs[best] += _cost(lengths[index])
+        fitting = (b for b in range(per_rank) if tokens[rank][b] <= most)
+        best = min(fitting, key=costs[rank].__getitem__)
+        bins[rank][best].append(index)
+        tokens[rank][best] += lengths[index]
+        costs[rank][best] += _cost(lengths[index])
     return bins
-
-
-def _deal(
-    bins: Bins, costs: list[float], data_ranks: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Returns the bins dealt out, equally many to each rank."""
-    per_rank = len(bins) // data_ranks
-    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(data_ranks)]
-    totals = [0.0] * data_ranks
-    for b in sorted(range(len(bins)), key=lambda b: (-costs[b], b)):
-        open_ranks = (r for r in range(data_ranks) if len(ranks[r]) < per_rank)
-        rank = min(open_ranks, key=totals.__getitem__)
-        ranks[rank].append(tuple(sorted(bins[b])))
-        totals[rank] += costs[b]
-    return tuple(tuple(micro_batches) for micro_batches in ranks)

@@ -104,14 +104,9 @@ class MegatronModel:
         self.topology = topology
         self.dims = dims
         self.head = head
-        self.stages = build_stages(
-            dims,
-            config.parallel,
-            config.model.precision,
-            topology,
-            head=head,
-            seed=config.run.seed,
-        )
+        self.stages = build_stages(dims, config, topology, head=head)
+        budget = config.engine.tokens_per_micro_batch
+        self._fill_to = budget if config.engine.pad_to_budget else 0
         self._optimizer = None
         self.load(load)
         self._wrapped: Sequence[PackedGPT | DistributedDataParallel] = self.stages
@@ -216,7 +211,7 @@ class MegatronModel:
         """
         cut = self.topology.cut
         micro_batches = [
-            lay_out(batch, m, cut, score_position=head.score_position)
+            lay_out(batch, m, cut, score_position=head.score_position, fill_to=self._fill_to)
             for m in batch.micro_batches[self.topology.dp_rank]
         ]
         with cuda_on_cpu():

@@ -47,17 +47,18 @@ def lay_out(
     cut: SequenceCut,
     *,
     score_position: ScorePosition = "before",
+    fill_to: int = 0,
 ) -> MicroBatch:
     """Lays the trajectories `indices` of the batch end to end and takes this rank's cut.
 
     Each is padded at its end as the cut asks; a last sequence of padding, attended to by nobody
-    else, evens out the total. Padding is scored nowhere. Without trajectories the micro-batch is
-    padding only.
+    else, evens out the total and brings it to `fill_to` tokens or more. Padding is scored nowhere.
+    Without trajectories the micro-batch is padding only.
     """
     device = compute_device()
     chosen = [batch.trajectories[i] for i in indices]
     lengths = [round_up(len(t.tokens), cut.sequence_multiple) for t in chosen]
-    rest = round_up(max(sum(lengths), 1), cut.total_multiple) - sum(lengths)
+    rest = round_up(max(sum(lengths), fill_to, 1), cut.total_multiple) - sum(lengths)
     lengths += [rest] if rest else []
     held = cut.positions(lengths)
     positions = _scored_positions(chosen, lengths, score_position)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -21,10 +20,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_oreal.config.schema import ParallelConfig, Precision
+from megatron_oreal.config.schema import Config, Precision
 from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.heads import ScalarHead
 from megatron_oreal.models.layer_spec import layer_spec
+from megatron_oreal.parallel.context import round_up
 from megatron_oreal.parallel.cuda_on_cpu import compute_device, cuda_on_cpu
 from megatron_oreal.parallel.topology import Topology
 
@@ -81,11 +81,23 @@ class PackedGPT(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
 
-def transformer_config(
-    dims: ModelDims, parallel: ParallelConfig, precision: Precision
-) -> TransformerConfig:
-    """Returns Megatron's configuration of these dimensions under this layout."""
-    dtype = DTYPES[precision]
+# Megatron's own choice of a part, core attention, would save nothing: flash attention keeps no
+# scores.
+_RECOMPUTATION: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def transformer_config(dims: ModelDims, config: Config) -> TransformerConfig:
+    """Returns Megatron's configuration of these dimensions under the layout of a run."""
+    parallel, engine = config.parallel, config.engine
+    dtype = DTYPES[config.model.precision]
     interleaved = parallel.virtual_pipeline > 1
     on_cpu = compute_device().type == "cpu"
     return TransformerConfig(
@@ -117,8 +129,9 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=precision == "bf16",
-        variable_seq_lengths=parallel.pipeline > 1,  # packed micro-batches differ in length
+        bf16=config.model.precision == "bf16",
+        # Packed micro-batches differ in length.
+        variable_seq_lengths=parallel.pipeline > 1 and not engine.pad_to_budget,
         # Dense models have no experts, yet the default dispatcher is refused with varying lengths.
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,  # Megatron adds up, the objective divides
@@ -132,32 +145,27 @@ def transformer_config(
         # Interleaved, outputs are freed while they are being sent. Streams make that safe; gloo
         # reads the memory only once the receiver asks.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and not on_cpu,
+        **_RECOMPUTATION[engine.recompute],
     )
 
 
 def build_stages(
-    dims: ModelDims,
-    parallel: ParallelConfig,
-    precision: Precision,
-    topology: Topology,
-    *,
-    head: HeadKind,
-    seed: int,
+    dims: ModelDims, config: Config, topology: Topology, *, head: HeadKind
 ) -> list[PackedGPT]:
     """Builds this rank's virtual stages of a model, their weights not yet loaded; not collective.
 
-    The scalar head is drawn from `seed`. The vocabulary is padded to a multiple of the
-    tensor-parallel size.
+    They share one Megatron configuration. The scalar head is drawn from `run.seed`. The vocabulary
+    is padded to a multiple of the tensor-parallel size.
     """
-    config = transformer_config(dims, parallel, precision)  # of which Megatron asks one stage's
+    settings = transformer_config(dims, config)
     stages = []
     for stage in range(topology.vpp_size):
         vp_stage = stage if topology.vpp_size > 1 else None
         with cuda_on_cpu():
             model = PackedGPT(
-                config,
-                layer_spec(config, vp_stage),
-                vocab_size=math.ceil(dims.vocab / parallel.tensor) * parallel.tensor,
+                settings,
+                layer_spec(settings, vp_stage),
+                vocab_size=round_up(dims.vocab, topology.tp_size),
                 max_sequence_length=dims.max_positions,
                 pre_process=topology.has_embedding(stage),
                 post_process=topology.has_head(stage),
@@ -169,7 +177,7 @@ def build_stages(
                 vp_stage=vp_stage,
             )
             if head == "scalar" and topology.has_head(stage):
-                model.register_module("output_layer", ScalarHead(config, seed))
+                model.register_module("output_layer", ScalarHead(settings, config.run.seed))
             _mark_shards(model)
             stages.append(model.to(compute_device()))
     return stages

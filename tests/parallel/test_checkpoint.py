@@ -27,6 +27,7 @@ from tests.toy_models import (
     pack,
     whole_weights,
     write_model,
+    write_toy,
 )
 
 pytestmark = pytest.mark.parallel
@@ -208,6 +209,20 @@ def test_another_layout_goes_on_within_rounding(
     for rank in resumed:
         assert rank.policy == pytest.approx(unbroken[0].policy, rel=1e-4)
         assert rank.token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
+
+
+def test_stages_of_an_interleaved_pipeline_are_found_in_any_layout(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    folder = write_toy(tmp_path / "hf", "qwen2_tied", num_hidden_layers=4)
+    interleaved, out = {"pp": 2, "vpp": 2}, tmp_path / "out"
+    unbroken = ranks(2).run(train_and_save, folder, out, Options(), **interleaved)
+    resumed = ranks(2).run(resume, folder, out, Options(), **interleaved)
+    for got, want in zip(resumed, unbroken, strict=True):
+        assert_bitwise(got, want)
+    (alone,) = ranks(1).run(resume, folder, out, Options())
+    assert alone.policy == pytest.approx(unbroken[0].policy, rel=1e-4)
+    assert alone.token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])

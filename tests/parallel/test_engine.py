@@ -11,7 +11,11 @@ import torch
 from megatron_oreal.algorithm import objectives
 from megatron_oreal.algorithm.token_weights import token_weights
 from megatron_oreal.config.schema import OptimizerConfig, OrealConfig, TokenWeightsConfig
+from megatron_oreal.engine.micro_batch import lay_out
 from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
+from megatron_oreal.models.build import PackedGPT
+from megatron_oreal.parallel import topology
+from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
 from megatron_oreal.types import PackedBatch, Trajectory
 from tests.ranks import RankPools
 from tests.toy_models import (
@@ -50,6 +54,8 @@ class Case(NamedTuple):
     budget: int = ROOMY
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    recompute: str = "none"
+    pad_to_budget: bool = False
     trajectories: int = EVERYTHING
     tied: bool = False
 
@@ -58,11 +64,13 @@ PLAIN = Case(1, distributed_optimizer=False)
 CASES = {
     "one rank, micro-batches": Case(1, budget=TIGHT),
     "tp2, no sequence parallelism": Case(2, tp=2, sequence_parallel=False),
-    "tp2 cp2": Case(4, tp=2, cp=2, budget=TIGHT),
+    "tp2 cp2, all recomputed": Case(4, tp=2, cp=2, budget=TIGHT, recompute="full"),
     "cp2 dp2, one trajectory": Case(4, cp=2, trajectories=1),
-    "tp2 pp2 vpp2": Case(4, tp=2, pp=2, vpp=2, layers=4, budget=TIGHT),
+    "tp2 pp2 vpp2, MLPs recomputed": Case(
+        4, tp=2, pp=2, vpp=2, layers=4, budget=TIGHT, recompute="selective"
+    ),
     "pp2 vpp2 dp2, one trajectory, tied": Case(4, pp=2, vpp=2, layers=4, trajectories=1, tied=True),
-    "pp2 cp2, tied": Case(4, pp=2, cp=2, budget=TIGHT, tied=True),
+    "pp2 cp2, filled up, tied": Case(4, pp=2, cp=2, budget=TIGHT, pad_to_budget=True, tied=True),
     "tp4, half a group of heads each, tied": Case(4, tp=4, tied=True),
     "dp4, three trajectories": Case(4, trajectories=3),
     "tp2 dp2, plain optimizer, one trajectory": Case(
@@ -107,6 +115,9 @@ def two_steps(folder: Path, case: Case) -> Run:
             sequence_parallel=case.sequence_parallel,
             distributed_optimizer=case.distributed_optimizer,
             optimizer=ADAM,
+            tokens_per_micro_batch=case.budget,
+            recompute=case.recompute,
+            pad_to_budget=case.pad_to_budget,
         )
     )
     trajectories = make_trajectories(case.trajectories)
@@ -260,3 +271,28 @@ def test_the_plain_run_is_what_the_formulas_say(runs: Runs) -> None:
     assert run.policy[1].loss < run.policy[0].loss
     assert run.token_rm[1].loss < run.token_rm[0].loss
     assert len(run.policy_weights["model.embed_tokens.weight"]) == VOCAB
+
+
+def kept_bytes(folder: Path, recompute: str) -> int:
+    """Bytes of what a forward pass keeps for the backward pass."""
+    policy = make_policy(open_models(make_config(folder, recompute=recompute)))
+    batch = pack(make_trajectories())
+    laid = lay_out(batch, batch.micro_batches[0][0], topology.current().cut)
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters().values()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with cuda_on_cpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.model.stages[0](**PackedGPT.packed_inputs(laid.tokens, laid.packed))
+    return sum(kept.values())
+
+
+def test_what_is_recomputed_is_not_kept(ranks: RankPools, tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "hf", "qwen2")
+    kept = [ranks(1).run(kept_bytes, folder, how)[0] for how in ("full", "selective", "none")]
+    assert kept[0] < 0.7 * kept[1] < 0.7 * kept[2], kept

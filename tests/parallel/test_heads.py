@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_oreal.engine.heads import LogprobHead
+from megatron_oreal.engine.micro_batch import lay_out
 from megatron_oreal.models.heads import Fields, vocab_logprobs, vocab_shard
+from megatron_oreal.types import Trajectory
 from tests.ranks import RankPools
+from tests.toy_models import make_config, make_reference, open_models, pack, write_toy
 
 pytestmark = pytest.mark.parallel
 
@@ -174,3 +180,36 @@ def test_peak_memory_is_a_few_chunks_of_logits(ranks: RankPools, world: int) -> 
         one_chunk = chunk_tokens * vocab // world * 4
         chunks = (peak - gradients) / one_chunk
         assert 1 < chunks <= 4, "the count must see the logits of a chunk, and few others"
+
+
+def engine_peak_bytes(folder: Path, chunk_tokens: int) -> tuple[int, int, int]:
+    """Returns peak live bytes inside the engine's head, what gradients need, tokens scored here."""
+    config = make_config(folder, head_chunk_tokens=chunk_tokens)
+    source = open_models(config)
+    stage = make_reference(source).model.stages[-1]
+    generator = torch.Generator().manual_seed(2)
+    trajectories = tuple(
+        Trajectory(str(i), tuple(torch.randint(99, (517,), generator=generator).tolist()), 5, 1, 1)
+        for i in range(4)
+    )
+    batch = pack(list(trajectories))
+    laid = lay_out(batch, batch.micro_batches[0][0], source.topology.cut)
+    held = len(laid.tokens) // (source.topology.tp_size if config.parallel.sequence_parallel else 1)
+    hidden = torch.randn(held, 1, source.dims.hidden, requires_grad=True)
+    head = LogprobHead(stage, source.topology, source.dims.vocab, chunk_tokens, lambda x, _: x)
+    with LiveBytes() as count:
+        head(hidden, laid).loss.backward()
+    gathered = len(laid.tokens) * source.dims.hidden
+    gradients = 4 * (4 * gathered + 2 * stage.output_weight().numel())
+    return count.peak, gradients, len(laid.targets)
+
+
+def test_the_bound_holds_where_vocabulary_and_sequences_are_shared(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    vocab, chunk_tokens = 16384, 128
+    folder = write_toy(tmp_path / "hf", "qwen2", vocab_size=vocab, num_hidden_layers=1)
+    found = ranks(4).run(engine_peak_bytes, folder, chunk_tokens, tp=2, cp=2)
+    for peak, gradients, tokens in found:
+        assert tokens == pytest.approx(4 * 512 / 2, rel=0.05), "half of the response tokens"
+        assert 1 < (peak - gradients) / (chunk_tokens * vocab / 2 * 4) <= 4

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_oreal.config.errors import UserError
-from megatron_oreal.data.packing import pack
+from megatron_oreal.data.packing import _cost, pack
 
 
 def test_one_rank_one_micro_batch() -> None:
@@ -69,21 +71,61 @@ def test_the_number_of_micro_batches_is_a_multiple():
     lengths=st.lists(st.integers(1, 100), max_size=60),
     ranks=st.integers(1, 9),
     budget=st.integers(100, 400),
+    sequence_multiple=st.sampled_from([1, 4, 6, 8]),
+    micro_batch_multiple=st.integers(1, 4),
 )
-def test_properties(lengths: list[int], ranks: int, budget: int) -> None:
-    packed = pack(lengths, ranks, budget)
+def test_properties(
+    lengths: list[int], ranks: int, budget: int, sequence_multiple: int, micro_batch_multiple: int
+) -> None:
+    multiples = {
+        "sequence_multiple": sequence_multiple,
+        "micro_batch_multiple": micro_batch_multiple,
+    }
+    packed = pack(lengths, ranks, budget, **multiples)
     assert len(packed) == ranks
-    assert len({len(micro_batches) for micro_batches in packed}) == 1
-    assert len(packed[0]) >= 1
+    (count,) = {len(micro_batches) for micro_batches in packed}
+    assert count >= 1
+    assert count % micro_batch_multiple == 0
     dealt = [index for rank in packed for micro_batch in rank for index in micro_batch]
     assert sorted(dealt) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in m) <= budget for rank in packed for m in rank)
-    assert pack(list(lengths), ranks, budget) == packed
+    padded = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
+    capacity = -(-budget // sequence_multiple) * sequence_multiple
+    assert all(sum(padded[i] for i in m) <= capacity for rank in packed for m in rank)
+    assert pack(list(lengths), ranks, budget, **multiples) == packed
     # Half full on average is the worst that longest-first does; one more micro-batch by rounding.
-    assert len(packed[0]) <= 1 + 2 * sum(lengths) / (ranks * budget)
+    assert count <= micro_batch_multiple + 2 * sum(padded) / (ranks * capacity)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), max_size=40),
+    order=st.randoms(use_true_random=False),
+    ranks=st.integers(1, 5),
+    micro_batch_multiple=st.integers(1, 3),
+)
+def test_the_order_of_sequences_changes_nothing_but_their_numbers(
+    lengths: list[int], order: random.Random, ranks: int, micro_batch_multiple: int
+) -> None:
+    def shape(given: list[int]) -> list[list[list[int]]]:
+        packed = pack(given, ranks, 128, micro_batch_multiple=micro_batch_multiple)
+        return [[sorted(given[i] for i in m) for m in rank] for rank in packed]
+
+    shuffled = list(lengths)
+    order.shuffle(shuffled)
+    assert shape(shuffled) == shape(lengths)
 
 
 @given(st.lists(st.integers(1, 64), min_size=40, max_size=120), st.integers(2, 5))
 def test_ranks_carry_like_loads(lengths: list[int], ranks: int) -> None:
-    tokens = [sum(lengths[i] for m in rank for i in m) for rank in pack(lengths, ranks, 512)]
-    assert max(tokens) - min(tokens) <= 2 * max(lengths)
+    costs = [sum(_cost(lengths[i]) for m in rank for i in m) for rank in pack(lengths, ranks, 512)]
+    assert max(costs) - min(costs) <= 2 * _cost(max(lengths))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_one_of_16k_among_many_of_100_leaves_the_others_to_other_ranks(ranks: int) -> None:
+    lengths = [16384] + [100] * 400
+    packed = pack(lengths, ranks, 16384)
+    costs = [sum(_cost(lengths[i]) for m in rank for i in m) for rank in packed]
+    assert any((0,) in rank for rank in packed)  # the long one fills a micro-batch
+    shared = sorted(costs)[: ranks - 1] if ranks == 4 else costs  # of 4 it is a rank's whole work
+    assert max(shared) - min(shared) <= _cost(100)
+    assert max(costs) <= max(_cost(16384), sum(costs) / ranks + _cost(100))

@@ -104,6 +104,13 @@ def test_context_parallel_ranks_share_the_tokens_and_what_is_scored():
     assert second.fields["weight"].tolist() == [2.0, 3.0, 5.0]
 
 
+def test_it_is_filled_up_with_padding():
+    laid = lay_out(BATCH, [1], SequenceCut(tp_size=4), fill_to=9)
+    assert laid.tokens.tolist() == [21, 22, 23, *[0] * 9]
+    assert laid.packed.cu_seqlens_q.tolist() == [0, 3, 12]
+    assert laid.packed.max_seqlen_q == 9
+
+
 def test_slots_count_over_the_whole_batch():
     assert lay_out(BATCH, [1], SequenceCut()).slots.tolist() == [3, 4]
     assert lay_out(BATCH, [1, 0], SequenceCut()).slots.tolist() == [3, 4, 0, 1, 2]
