@@ -28,9 +28,9 @@ def pack(
     """Returns `[data_rank][micro_batch]` -> indices into `lengths`, each index exactly once.
 
     Every rank gets the same number of micro-batches, at least one; some may be empty. The result
-    depends on the arguments alone, and but for indices not on the order of lengths. Longest first to
-    the rank that has least to compute so far, into its cheapest micro-batch with room; with as few
-    micro-batches as that allows. A rank's dearest comes first.
+    depends on the arguments alone, and but for the indices not on the order of lengths. Longest
+    first to the rank that has least to compute so far, into its cheapest micro-batch with room;
+    with as few micro-batches as that allows. A rank's dearest comes first.
 
     Args:
         lengths: Tokens of each sequence, at least 1.

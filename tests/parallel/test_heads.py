@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from megatron_oreal.engine.heads import LogprobHead
 from megatron_oreal.engine.micro_batch import lay_out
 from megatron_oreal.models.heads import Fields, vocab_logprobs, vocab_shard
+from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
 from megatron_oreal.types import Trajectory
 from tests.ranks import RankPools
 from tests.toy_models import make_config, make_reference, open_models, pack, write_toy
@@ -197,7 +198,7 @@ def engine_peak_bytes(folder: Path, chunk_tokens: int) -> tuple[int, int, int]:
     held = len(laid.tokens) // (source.topology.tp_size if config.parallel.sequence_parallel else 1)
     hidden = torch.randn(held, 1, source.dims.hidden, requires_grad=True)
     head = LogprobHead(stage, source.topology, source.dims.vocab, chunk_tokens, lambda x, _: x)
-    with LiveBytes() as count:
+    with cuda_on_cpu(), LiveBytes() as count:
         head(hidden, laid).loss.backward()
     gathered = len(laid.tokens) * source.dims.hidden
     gradients = 4 * (4 * gathered + 2 * stage.output_weight().numel())
