@@ -164,10 +164,10 @@ class Gather:
     """Whole Hugging Face tensors on every rank, parameter by parameter; collective."""
 
     def __init__(self, bench: Bench) -> None:
-        """Lists the parameters of all stages and joins the layout's process groups."""
+        """Lists the parameters of all stages; the layout's process groups are there already."""
         self.bench = bench
         tensor, pipeline = bench.parallel.tensor, bench.parallel.pipeline
-        self.here = topology.initialize(tensor, pipeline)
+        self.here = topology.current()
         self.shapes = [bench.layout.shapes(stage) for stage in range(pipeline)]
         self.parameters = [(stage, key) for stage in range(pipeline) for key in self.shapes[stage]]
         self.regions = {
@@ -308,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Config(parallel=parallel, rollout=RolloutConfig(tensor_parallel=options.engine_tensor)),
             dims,
         )
+        topology.initialize(parallel.tensor, parallel.pipeline)
         bench = Bench(
             family,
             dims,
