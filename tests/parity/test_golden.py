@@ -3,7 +3,8 @@
 Each case names the reference's switches. They map so: `threshold_rescale` is `threshold` (0.5
 unless given), `topk_rescale` is `topk`, no `token_level_rm` is `none`, `pos_mult_adv` (off where
 absent) is `positive_times_advantage`, `kl_type: mse` is `k2` and its default `k3`. Nothing in the
-file differs from our definitions.
+file differs from our definitions. `plain_oreal`, with which the loop is compared, is held to the
+same numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from megatron_oreal.algorithm.objectives import (
 )
 from megatron_oreal.algorithm.shaping import shape_rewards
 from megatron_oreal.algorithm.token_weights import token_weights
-from megatron_oreal.config.schema import OrealConfig, TokenWeightsConfig
+from megatron_oreal.config.schema import OrealConfig, TokenWeightsConfig, VerifierConfig
 from megatron_oreal.types import Trajectory
+from tests.parity.plain_oreal import Answers, plain_oreal
 from tests.unit.algorithm.groups import make_group
 
 CASES = json.loads((Path(__file__).parent / "golden_oreal.json").read_text())["cases"]
@@ -154,3 +156,73 @@ def test_advantages_of_the_whole_group(case):
         (group,) = shape_rewards([make_group(outcomes)], config_of(case["switches"]))
         first = group.rewards.index(item["reward"])
         assert group.advantages[first] == pytest.approx(item["advantage"], rel=TOLERANCE)
+
+
+class Table(NamedTuple):
+    """The groups of a case, a row an answer; answers that were not kept are one token long."""
+
+    answers: Answers
+    kept: torch.Tensor
+    items: list[dict[str, Any]]
+    logprobs: torch.Tensor
+    reference: torch.Tensor
+    scores: torch.Tensor
+
+
+def tabulate(case: dict[str, Any]) -> Table:
+    """Lays the trajectories, a correct and an incorrect one of each group, into their groups."""
+    rows: list[tuple[int, float, dict[str, Any] | None]] = []
+    items = case["trajectories"]
+    for q, pair in enumerate(zip(items[::2], items[1::2], strict=True)):
+        rewards = pair[0]["group_rewards"]
+        firsts = {rewards.index(item["reward"]): item for item in pair}
+        rows += [(q, reward, firsts.get(i)) for i, reward in enumerate(rewards)]
+    longest = max(len(item["logprobs"]) for item in items)
+    values = torch.full((3, len(rows), 1 + longest), -1.0, dtype=torch.float64)
+    response = torch.zeros(len(rows), 1 + longest, dtype=torch.bool)
+    for row, (_, _, item) in enumerate(rows):
+        end = 1 + (len(item["logprobs"]) if item else 1)  # after one token of question
+        response[row, 1:end] = True
+        for i, name in enumerate(("logprobs", "reference_logprobs", "token_scores")):
+            if item:
+                values[i, row, 1:end] = torch.tensor(item[name], dtype=torch.float64)
+    answers = Answers(
+        question=torch.tensor([q for q, _, _ in rows]),
+        outcome=["+" if reward > 0 else "-" for _, reward, _ in rows],
+        stopped=torch.ones(len(rows), dtype=torch.bool),
+        tokens=torch.zeros(response.shape, dtype=torch.int64),
+        response=response,
+        rollout_logprobs=values[0],
+    )
+    kept = torch.tensor([item is not None for *_, item in rows])
+    return Table(answers, kept, [item for *_, item in rows if item], *values)
+
+
+def two_words(logprobs: torch.Tensor) -> torch.Tensor:
+    """Logits of a vocabulary of two that give word 0 at t these log-probabilities."""
+    return torch.stack((logprobs, torch.log1p(-logprobs.exp())), dim=2).roll(-1, dims=1)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_function_of_the_parity_suite(case):
+    cfg, table = config_of(case["switches"]), tabulate(case)
+    logprobs, scores = table.logprobs.requires_grad_(), table.scores.requires_grad_()
+    result = plain_oreal(
+        cfg,
+        VerifierConfig(),
+        table.answers,
+        pairs=table.kept,
+        logits=two_words(logprobs),
+        reference_logits=two_words(table.reference),
+        scores=scores.roll(-1, dims=1),
+    )
+    losses = [(result.policy_loss, logprobs, "policy_loss", "grad_logprobs")]
+    if case["token_rm_loss"] is not None:
+        losses.append((result.token_rm_loss, scores, "token_rm_loss", "grad_token_scores"))
+    for loss, point, name, gradient_name in losses:
+        assert loss.item() == pytest.approx(case[name], rel=TOLERANCE)
+        (gradient,) = torch.autograd.grad(loss, point, retain_graph=True)
+        kept = gradient[table.answers.response & table.kept[:, None]]
+        golden = [value for item in table.items for value in item[gradient_name]]
+        expected = torch.tensor(golden, dtype=torch.float64)
+        torch.testing.assert_close(kept, expected, rtol=0, atol=TOLERANCE)
