@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_oreal.parallel.collectives import world_rank, world_size
 from megatron_oreal.weights.plan import PlanSummary, RankRound, TensorSpec, make_plan, owned_regions
 from megatron_oreal.weights.sums import Checksums, SourceSums, held_sums, source_sums
-from megatron_oreal.weights.transport import Meddle, execute, region_view
+from megatron_oreal.weights.transport import Meddle, execute, lasting_view
 from megatron_oreal.weights.vllm_layout import LiveShard, vllm_regions
 
 if TYPE_CHECKING:
@@ -98,6 +98,6 @@ def open_in_place(
         params=params,
         live=live,
         sums=source_sums(survey.tensors, survey.sources, layouts, rank=rank, params=params),
-        read=region_view(params),
-        write=region_view(live.parameters),
+        read=lasting_view(params),
+        write=lasting_view(live.parameters),
     )

@@ -24,7 +24,12 @@ _ALIGNMENT = 16  # bytes: every piece of a packed buffer may be viewed as any dt
 
 
 def region_view(tensors: Mapping[str, torch.Tensor]) -> View:
-    """Returns a view function over tensors by their local names.
+    """Returns a view function over tensors by their local names."""
+    return lambda region: tensors[region.key].detach()[region.local.slices]
+
+
+def lasting_view(tensors: Mapping[str, torch.Tensor]) -> View:
+    """Returns a view function over tensors that stay, by their local names.
 
     A push in place takes thousands of views within milliseconds: each is made once, and again where
     its tensor has moved. They hold the tensors' memory as long as the function lives.
