@@ -1,4 +1,4 @@
-"""The command line: `megatron-oreal train | sft | evaluate | doctor | plan | serve`.
+"""The command line: `megatron-oreal train | rollout | check-sync | sft | evaluate | ...`.
 
 All but the last two run alone or under torchrun or srun.
 """
@@ -36,6 +36,9 @@ _EPILOG = """
 examples:
   megatron-oreal train --config configs/my.yaml
   torchrun --nproc-per-node 2 --no-python megatron-oreal train --config configs/my.yaml run.seed=1
+  megatron-oreal rollout --config configs/my.yaml run.folder=runs/sampled
+  megatron-oreal train --config configs/my.yaml rollout.replay=runs/sampled/recorded
+  megatron-oreal check-sync --config configs/my.yaml
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
   megatron-oreal doctor --config configs/oreal_7b.yaml
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
@@ -50,8 +53,9 @@ Every key, its unit and its default stand in configs/base.yaml.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
-    1: the doctor misses something. 2, and a line on rank 0: a user's mistake. 75: SIGTERM or
-    SIGUSR1 stopped a run, which was saved and resumes when it is started again.
+    1: the doctor misses something, or check-sync finds a difference. 2, and a line on rank 0: a
+    user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which was saved and resumes when it is
+    started again.
     """
     options = _parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -126,11 +130,16 @@ def _doctor(options: argparse.Namespace, config: Config) -> int:
 
 
 def _run(options: argparse.Namespace, config: Config) -> int:
-    """Returns 0 where the command came to its end, 75 where a signal stopped it."""
+    """Returns 0 where the command came to its end, 75 where a signal stopped it.
+
+    Also 1 where `check-sync` found a difference.
+    """
     # Imported here: --help and a mistyped key should not wait for torch, Megatron and vLLM.
     from megatron_oreal.parallel.collectives import start_world, stop_world
     from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+    from megatron_oreal.trainer.check_sync import check_sync
     from megatron_oreal.trainer.evaluate import evaluate
+    from megatron_oreal.trainer.record_rollouts import record_rollouts
     from megatron_oreal.trainer.sft import fine_tune
     from megatron_oreal.trainer.train import train
 
@@ -138,10 +147,11 @@ def _run(options: argparse.Namespace, config: Config) -> int:
         warnings.filterwarnings("ignore", message="When using sequence parallelism it is recomm")
     start_world()
     try:
-        if options.command == "train":
-            return 0 if train(config) else STOPPED_EXIT
-        if options.command == "sft":
-            return 0 if fine_tune(config) else STOPPED_EXIT
+        runs = {"train": train, "rollout": record_rollouts, "sft": fine_tune}
+        if options.command in runs:
+            return 0 if runs[options.command](config) else STOPPED_EXIT
+        if options.command == "check-sync":
+            return 0 if check_sync(config, as_json=options.json) else 1
         evaluate(config, as_json=options.json)
         return 0
     finally:
@@ -169,6 +179,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _command(commands, "train", "train a policy with OREAL", optional=())
+    _command(
+        commands, "rollout", "sample, judge and record iterations, and train nothing", optional=()
+    )
+    check_sync = _command(
+        commands, "check-sync", "push the policy's weights to the engines and compare", optional=()
+    )
+    check_sync.add_argument("--json", action="store_true", help="print one JSON object, no table")
     _command(
         commands, "sft", "fine-tune an initial policy on demonstrations", optional=("data.path",)
     )

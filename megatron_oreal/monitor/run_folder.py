@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_oreal.config.errors import UserError
@@ -11,7 +12,8 @@ from megatron_oreal.monitor.metrics import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from megatron_oreal.config.schema import Config
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -47,6 +49,11 @@ class RunFolder:
     """Where everything of a run lies; nothing is made before `create`."""
 
     root: Path
+
+    @classmethod
+    def of(cls, config: Config) -> RunFolder:
+        """Returns the folder that a config names."""
+        return cls(Path(config.run.folder))
 
     @property
     def config(self) -> Path:

@@ -33,6 +33,7 @@ class RecordHeader(msgspec.Struct, frozen=True):
         questions: number of groups.
         samples: responses of each group.
         vocabulary: digest of the tokenizer's.
+        sampled_by: digest of what else decided which groups came, empty where nobody asks.
     """
 
     format: int
@@ -41,6 +42,7 @@ class RecordHeader(msgspec.Struct, frozen=True):
     questions: int
     samples: int
     vocabulary: str
+    sampled_by: str = ""
 
 
 def record_path(folder: Path, iteration: int) -> Path:

@@ -148,6 +148,15 @@ class VllmInProcess:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: a request is still running")
 
+    def differing(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+        """Reads all weights back and returns the names of those that are not these tensors'.
+
+        Not collective but for the iterator, of which each rank draws all; a rank compares what its
+        part of the engine computes with, element by element.
+        """
+        (check,) = self._llm.apply_model(LiveCheck)
+        return check.differing_from(with_tied_head(tensors, self._tied))
+
     def close(self) -> None:
         """Frees the engine; collective over the world, whose process group stays."""
         with _world_kept():

@@ -8,13 +8,14 @@ holds a value of every row, so a stale, swapped or wrongly cut tensor shows in a
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
     from vllm.model_executor.layers.linear import QKVParallelLinear
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COLUMNS = 64  # of each matrix, evenly spaced, first and last among them
 _ALL = slice(None)
+Columns = Callable[[int], torch.Tensor]
+"""Which columns of a matrix of so many are read: their indices, ascending."""
 
 
 class _Cut(NamedTuple):
@@ -38,14 +41,14 @@ class _Part:
 
     name: str
     cut: _Cut
-    read: Callable[[], torch.Tensor]
+    read: Callable[[Columns], torch.Tensor]
 
-    def expected(self, tensor: torch.Tensor) -> torch.Tensor:
+    def expected(self, tensor: torch.Tensor, columns: Columns) -> torch.Tensor:
         """Returns of the whole tensor what `read` returns of the model."""
         if tensor.ndim == 1:
             return tensor[self.cut.rows].clone()
         piece = tensor[self.cut.rows, self.cut.columns]
-        return piece[:, _sampled_columns(piece.shape[1]).to(piece.device)]
+        return piece[:, columns(piece.shape[1]).to(piece.device)]
 
 
 def with_tied_head(
@@ -75,7 +78,9 @@ class LiveCheck:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes whole Hugging Face tensors on to the model and keeps samples of them."""
         for name, tensor in tensors:
-            self._handed[name] = [part.expected(tensor) for part in self._parts[name]]
+            self._handed[name] = [
+                part.expected(tensor, _sampled_columns) for part in self._parts[name]
+            ]
             yield name, tensor
 
     @torch.no_grad()
@@ -84,10 +89,29 @@ class LiveCheck:
         names = sorted(self._parts.keys() | self._handed.keys())
         return [name for name in names if not self._holds(name)]
 
+    @torch.no_grad()
+    def differing_from(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+        """Compares every element that this rank's model holds of whole Hugging Face tensors.
+
+        Returns:
+            The names of tensors that it holds otherwise or that only one side has.
+        """
+        unseen, differing = set(self._parts), []
+        for name, tensor in tensors:
+            unseen.discard(name)
+            pairs = [
+                (part.read(torch.arange), part.expected(tensor, torch.arange))
+                for part in self._parts.get(name, ())
+            ]
+            if not pairs or not all(_same(live, expected) for live, expected in pairs):
+                differing.append(name)
+        return sorted([*differing, *unseen])
+
     def _holds(self, name: str) -> bool:
         parts, samples = self._parts[name], self._handed.get(name, [])
         return len(parts) == len(samples) > 0 and all(
-            _same(part.read(), sample) for part, sample in zip(parts, samples, strict=True)
+            _same(part.read(_sampled_columns), sample)
+            for part, sample in zip(parts, samples, strict=True)
         )
 
 
@@ -142,10 +166,12 @@ def _stacked(pieces: list[tuple[int, int]]) -> list[_Cut]:
     return cuts
 
 
-def _reader(module: nn.Module, kind: str, cut: _Cut, as_matrix: bool) -> Callable[[], torch.Tensor]:
+def _reader(
+    module: nn.Module, kind: str, cut: _Cut, as_matrix: bool
+) -> Callable[[Columns], torch.Tensor]:
     if as_matrix:
-        return lambda: _matrix_columns(module)[cut.local]
-    return lambda: getattr(module, kind)[cut.local]
+        return lambda columns: _matrix_columns(module, columns)[cut.local]
+    return lambda _: getattr(module, kind)[cut.local]
 
 
 def _is_packed(module: nn.Module) -> bool:
@@ -159,15 +185,15 @@ def _is_packed(module: nn.Module) -> bool:
     return hasattr(module, "cpu_linear") and not looks_up
 
 
-def _matrix_columns(module: Any) -> torch.Tensor:
-    """Returns sampled columns of a matrix as the module uses it, `[local rows, sampled]`."""
+def _matrix_columns(module: Any, columns: Columns) -> torch.Tensor:
+    """Returns columns of a matrix as the module uses it, `[local rows, number of columns]`."""
     weight: torch.Tensor = module.weight
     if not _is_packed(module):
-        return weight[:, _sampled_columns(weight.shape[1]).to(weight.device)]
+        return weight[:, columns(weight.shape[1]).to(weight.device)]
     width: int = module.input_size_per_partition
-    columns = _sampled_columns(width)
-    units = torch.zeros(len(columns), width, dtype=weight.dtype)
-    units[torch.arange(len(columns)), columns] = 1
+    chosen = columns(width)
+    units = torch.zeros(len(chosen), width, dtype=weight.dtype)
+    units[torch.arange(len(chosen)), chosen] = 1
     return module.cpu_linear(units, weight, None).T
 
 

@@ -51,10 +51,14 @@ class SampledGroups:
 
     def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
         """See `GroupSource.answer`."""
-        groups = self._judge(self._generate(prompts, iteration))
+        groups = self.sample(prompts, iteration)
         if self.config.rollout.record:
             self._record(groups, iteration)
         return groups
+
+    def sample(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+        """Does the same and records nothing; collective over the world."""
+        return self._judge(self._generate(prompts, iteration))
 
     def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
         """See `GroupSource.keep`."""

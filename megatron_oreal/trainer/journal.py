@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +31,20 @@ class Journal:
     """Collects the metrics of an iteration and hands them on; only the first rank writes.
 
     Opening one is collective over the world: if the run's folder cannot be made, all ranks refuse.
+    A folder that holds a run is opened where that is `resumed` or, without a checkpoint, `again`.
     """
 
-    def __init__(self, config: Config, steps: int, resumed: Resumed | None = None) -> None:
+    def __init__(
+        self, config: Config, steps: int, resumed: Resumed | None = None, *, again: bool = False
+    ) -> None:
         self.config = config
         self.enabled = world_rank() == 0
         self.console = Console()
-        self.folder = RunFolder(Path(config.run.folder))
+        self.folder = RunFolder.of(config)
         with agree():
             if self.enabled:
-                self.folder.create(resolve_config_yaml(config), resume=resumed is not None)
+                used = again or resumed is not None
+                self.folder.create(resolve_config_yaml(config), resume=used)
         with agree():
             self._sinks = open_sinks(
                 config,
@@ -114,6 +117,17 @@ class Journal:
     def iteration(self, iteration: int, **counts: int) -> None:
         """Records what an iteration came to; see `diagnostics.iteration_metrics`."""
         self.add(diagnostics.iteration_metrics(self.config.schedule, iteration, **counts))
+
+    def start(
+        self, policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], mismatch: float
+    ) -> None:
+        """Says how far the policy is, before its first step, from reference and rollouts."""
+        metrics = rollout_diagnostics.mismatch_metrics(policy, reference)
+        largest, kl = metrics["rollout/mismatch_max"], metrics["rollout/mismatch_k3"]
+        self.say(
+            f"before the first step: policy and reference differ by {largest:.2g} nats at most,"
+            f" KL {kl:.2g}; policy and rollouts by {mismatch:.2g} a token"
+        )
 
     def write(self, iteration: int, kind: Kind = "train") -> None:
         """Writes the metrics gathered since the last call, and the seconds of each phase."""

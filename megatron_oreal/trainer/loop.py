@@ -52,7 +52,7 @@ class OrealLoop:
         trajectories = selection.select(groups, cfg.oreal, cfg.run.seed, iteration)  # l. 8-9
         batch = self.packer.pack(trajectories)
         if trajectories:
-            self._check_engine(batch)
+            self._check_start(batch)
             weights = self._weigh(batch, iteration)  # l. 10-11
             batch = self._update(batch, weights, iteration)  # l. 12
         journal.iteration(
@@ -68,13 +68,18 @@ class OrealLoop:
         journal.write(iteration)
         self.skipped.end_iteration(iteration)
 
-    def _check_engine(self, batch: PackedBatch) -> None:
-        """Refuses to train, once, if policy and engine score the same tokens too differently."""
+    def _check_start(self, batch: PackedBatch) -> None:
+        """Compares, once, the policy with the reference, which it still is, and with the engine.
+
+        Refuses to train if engine and policy score the same tokens too differently.
+        """
         if self.engine_checked:
             return
         with self.journal.phase("check"):
             logprobs = self.policy.logprobs(batch).logprobs
-        check_difference(logprobs, batch.trajectories, self.config)
+            reference = self.reference.logprobs(batch).logprobs
+        mismatch = check_difference(logprobs, batch.trajectories, self.config)
+        self.journal.start(logprobs, reference, mismatch)
         self.engine_checked = True
 
     def _weigh(self, batch: PackedBatch, iteration: int) -> list[Tensor]:

@@ -6,7 +6,6 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -47,7 +46,7 @@ def find_checkpoint(config: Config, command: Command) -> tuple[Checkpointer, Res
     Raises:
         UserError: See `Checkpointer.find`.
     """
-    checkpointer = Checkpointer(config, command, RunFolder(Path(config.run.folder)).checkpoints)
+    checkpointer = Checkpointer(config, command, RunFolder.of(config).checkpoints)
     return checkpointer, checkpointer.find()
 
 

@@ -187,7 +187,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             policy, reference, token_rm = _build_models(source, resumed)
             engines = None
             if not config.rollout.replay:
-                engines = stack.enter_context(_engines(config, texts, journal))
+                engines = stack.enter_context(open_engines(config, texts, journal))
         loop = OrealLoop(
             config=config,
             prompts=prompts,
@@ -226,7 +226,7 @@ class Engines:
 
 
 @contextlib.contextmanager
-def _engines(config: Config, texts: Texts, journal: Journal) -> Iterator[Engines]:
+def open_engines(config: Config, texts: Texts, journal: Journal) -> Iterator[Engines]:
     """Starts engines and verifier and ends them again; collective over the world."""
     with (
         Verifier(config.verifier, config.judge) as verifier,

@@ -54,6 +54,11 @@ def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case)
     assert found[case]["differs_from_new"] == [0, total]
 
 
+@pytest.mark.parametrize("case", [*ALL, *FAMILIES, "bf16"])
+def test_all_weights_read_back_are_those_handed_over(found, case):
+    assert found[case]["read_back"] == [[], ["model.layers.0.mlp.down_proj.weight"]]
+
+
 @pytest.mark.parametrize("case", ["tied", "tied_tp2", *FAMILIES])
 def test_weights_lie_where_the_layout_of_an_engine_says(found, case):
     assert found[case]["misplaced"] == [[], []]

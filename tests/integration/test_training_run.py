@@ -6,10 +6,11 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,8 @@ from megatron_oreal.config.load import load_config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.tokenizer import load_tokenizer
 from megatron_oreal.monitor.metrics import read_metrics
+from megatron_oreal.rollout.record import RecordHeader, decode_groups, record_path
+from megatron_oreal.types import RolloutGroup
 from tests.integration import toy
 from tests.integration.commands import Finished, alone, run, under_torchrun
 from tests.integration.conftest import FineTuning
@@ -189,6 +192,77 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
     assert not list((replayed.folder / "recorded").iterdir())
 
 
+def test_rollout_alone_samples_what_the_first_iteration_of_a_run_sampled(
+    root: Path, fine_tuning: FineTuning, trained: TrainingRun
+) -> None:
+    settings = toy.settings(
+        root,
+        "sampled",
+        fine_tuning.model,
+        run__seed=7,
+        schedule__iterations=1,
+        schedule__freeze_iterations=0,
+        monitor__wandb="disabled",
+    )
+    finished = alone("rollout", *settings)
+    assert finished.status == 0, finished.stderr
+    (line,) = read_metrics(root / "sampled" / "metrics.jsonl")
+    assert line["rollout/pass_rate"] == trained.train[0]["rollout/pass_rate"]
+    header, groups = recorded_groups(root / "sampled", 0)
+    expected_header, expected = recorded_groups(trained.folder, 0)
+    assert msgspec.structs.replace(header, sampled_by="") == expected_header
+    assert [without_clock(group) for group in groups] == [without_clock(g) for g in expected]
+
+
+def test_weights_pushed_are_those_the_engine_computes_with(
+    root: Path, fine_tuning: FineTuning
+) -> None:
+    settings = toy.settings(root, "unused", fine_tuning.model)
+    finished = alone("check-sync", "--json", *settings)
+    assert finished.status == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    assert found["passed"]
+    assert found["reference_difference_max"] == found["kl_k3"] == 0
+    assert found["differing"] == {}
+    assert len(found["tensors"]) == 2 + 12 * toy.SHAPE["num_hidden_layers"]
+    assert found["probe_tokens"] >= 8
+    assert found["mismatch_mean"] < 2e-5
+
+
+@pytest.mark.slow
+def test_a_policy_that_broke_is_not_trained_on_and_ends_the_run(
+    root: Path, fine_tuning: FineTuning, trained: TrainingRun
+) -> None:
+    """A rate far too high: the first step leaves weights whose log-probabilities are NaN."""
+    settings = toy.settings(
+        root,
+        "broken",
+        fine_tuning.model,
+        run__seed=7,
+        rollout__replay=trained.folder / "recorded",
+        policy_optimizer__lr=1e30,
+        engine__max_skipped_steps=2,
+        schedule__iterations=3,
+        schedule__freeze_iterations=0,
+        monitor__wandb="disabled",
+    )
+    finished = alone("train", *settings)
+    assert finished.status == 2
+    (line,) = finished.lines()
+    assert "engine.max_skipped_steps=2: 2 iterations in a row" in line
+    assert "logprobs of the policy not finite" in line
+    skipped = [m["oreal/skipped_steps"] for m in read_metrics(root / "broken" / "metrics.jsonl")]
+    assert skipped == [0, 1, 1]
+
+
+def recorded_groups(folder: Path, iteration: int) -> tuple[RecordHeader, list[RolloutGroup]]:
+    return decode_groups(record_path(folder / "recorded", iteration).read_bytes())
+
+
+def without_clock(group: RolloutGroup) -> RolloutGroup:
+    return replace(group, verdicts=tuple(replace(v, seconds=0.0) for v in group.verdicts))
+
+
 def test_transcripts_hold_what_was_sampled_judged_and_weighed(trained: TrainingRun) -> None:
     files = sorted((trained.folder / "rollouts").iterdir())
     assert [file.name for file in files] == [f"iter_{i:06d}.jsonl" for i in range(3)]
@@ -226,6 +300,8 @@ def test_console_shows_iterations_and_the_table_once(trained: TrainingRun) -> No
     lines = trained.finished.stdout.splitlines()
     assert sum(line.startswith("train ") for line in lines) == 3
     assert sum("pass@1" in line for line in lines) == 1
+    (checklist,) = (line for line in lines if line.startswith("before the first step: "))
+    assert "policy and reference differ by 0 nats at most, KL 0;" in checklist
     assert not trained.finished.lines()
     assert "Warning:" not in trained.finished.stderr.replace("Warning: NUMA binding:", "")
 
