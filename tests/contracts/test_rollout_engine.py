@@ -54,7 +54,7 @@ def test_after_a_push_every_tensor_is_live_and_none_of_the_old_ones(found, case)
     assert found[case]["differs_from_new"] == [0, total]
 
 
-@pytest.mark.parametrize("case", [*ALL, *FAMILIES, "bf16"])
+@pytest.mark.parametrize("case", [*IN_PROCESS, *FAMILIES, "bf16"])
 def test_all_weights_read_back_are_those_handed_over(found, case):
     assert found[case]["read_back"] == [[], ["model.layers.0.mlp.down_proj.weight"]]
 
