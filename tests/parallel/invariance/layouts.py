@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
+from typing import Literal, get_args
 
 from tests.parallel.invariance.inputs import HEADS, LAYERS
 
 MOST_RANKS = 4
 DEGREES = range(1, MOST_RANKS + 1)
+Recompute = Literal["none", "full", "selective"]
 Choice = tuple[str, object]
 
 
@@ -17,8 +19,9 @@ class Layout:
     """How a batch goes through the models; none of it may change a number.
 
     `tight` is a micro-batch budget that holds a trajectory or a few, else one micro-batch holds
-    all. Two choices are the model's: whether its embeddings are `tied`, and its precision; the
-    bands of bf16 are wider.
+    all. `recompute` says which activations are computed again: of whole layers, of MLPs, or none.
+    Two choices are the model's: whether its embeddings are `tied`, and its precision; the bands of
+    bf16 are wider.
     """
 
     tp: int = 1
@@ -28,6 +31,7 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     tight: bool = False
+    recompute: Recompute = "none"
     distributed_optimizer: bool = False
     tied: bool = False
     bf16: bool = False
@@ -52,6 +56,7 @@ class Layout:
             "bf16": self.bf16,
             "tied": self.tied,
             "micro-batches": self.tight,
+            f"{self.recompute} recomputation": self.recompute != "none",
             "distributed optimizer": self.distributed_optimizer,
         }
         return ", ".join([self.shape, *(word for word, on in switches.items() if on)])

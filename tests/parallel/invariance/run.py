@@ -113,7 +113,11 @@ def config_of(model: Path, layout: Layout) -> Config:
         optimizer=ADAM,
     )
     precision: Precision = "bf16" if layout.bf16 else "fp32"
-    return replace(config, model=replace(config.model, precision=precision))
+    return replace(
+        config,
+        model=replace(config.model, precision=precision),
+        engine=replace(config.engine, recompute=layout.recompute),
+    )
 
 
 def _train(stored: StoredModel, step: Callable[[], Any]) -> Trained:
