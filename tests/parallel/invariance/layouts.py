@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
-from typing import Literal, get_args
+from typing import Literal
 
 from tests.parallel.invariance.inputs import HEADS, LAYERS
 
@@ -19,9 +19,9 @@ class Layout:
     """How a batch goes through the models; none of it may change a number.
 
     `tight` is a micro-batch budget that holds a trajectory or a few, else one micro-batch holds
-    all. `recompute` says which activations are computed again: of whole layers, of MLPs, or none.
-    Two choices are the model's: whether its embeddings are `tied`, and its precision; the bands of
-    bf16 are wider.
+    all; it may be `filled` up with padding. `recompute` says which activations are computed again:
+    of whole layers, of MLPs, or none. Two choices are the model's: whether its embeddings are
+    `tied`, and its precision; the bands of bf16 are wider.
     """
 
     tp: int = 1
@@ -31,6 +31,7 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     tight: bool = False
+    filled: bool = False
     recompute: Recompute = "none"
     distributed_optimizer: bool = False
     tied: bool = False
@@ -56,6 +57,7 @@ class Layout:
             "bf16": self.bf16,
             "tied": self.tied,
             "micro-batches": self.tight,
+            "filled up": self.filled,
             f"{self.recompute} recomputation": self.recompute != "none",
             "distributed optimizer": self.distributed_optimizer,
         }
@@ -79,16 +81,25 @@ class Layout:
 
 
 def full_product() -> list[Layout]:
-    """Every valid layout of the untied model in fp32; tied, and in bf16, every shape once."""
+    """Every valid layout of the untied model in fp32; every shape once tied, and once in bf16.
+
+    Tied ones recompute MLPs and fill micro-batches up, bf16 ones recompute layers.
+    """
     off_on = (False, True)
-    drawn = product(*[DEGREES] * 5, off_on, off_on, off_on)
-    valid = [layout for choices in drawn if (layout := Layout(*choices)).is_valid]
-    once = {
-        layout.shape: layout for layout in valid if layout.tight and layout.distributed_optimizer
-    }
-    tied = [replace(layout, tied=True) for layout in once.values()]
-    bf16 = [replace(layout, bf16=True) for layout in once.values()]
-    return sorted([*valid, *tied, *bf16], key=lambda layout: layout.ranks)
+    shapes = [
+        shape
+        for *degrees, sequence_parallel in product(*[DEGREES] * 5, off_on)
+        if (shape := Layout(*degrees, sequence_parallel=sequence_parallel)).is_valid
+    ]
+    untied = [
+        replace(shape, tight=tight, recompute=recompute, distributed_optimizer=distributed)
+        for shape in shapes
+        for tight, recompute, distributed in product(off_on, ("none", "full"), off_on)
+    ]
+    once = [replace(shape, tight=True, distributed_optimizer=True) for shape in shapes]
+    tied = [replace(layout, tied=True, filled=True, recompute="selective") for layout in once]
+    bf16 = [replace(layout, bf16=True, recompute="full") for layout in once]
+    return sorted([*untied, *tied, *bf16], key=lambda layout: layout.ranks)
 
 
 def covering_set(layouts: list[Layout]) -> list[Layout]:

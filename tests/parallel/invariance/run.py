@@ -88,7 +88,7 @@ def see_all(folder: Path, layouts: Sequence[Layout]) -> list[Seen]:
 def see(folder: Path, layout: Layout) -> Seen:
     """Trains policy and token_rm from the same start; collective over the world."""
     trajectories = replay(folder / "recorded")
-    batch = pack(trajectories, TIGHT if layout.tight else ROOMY)
+    batch = pack(trajectories, budget_of(layout))
     reference = make_reference(open_models(config_of(folder / "reference", layout)))
     anchors = reference.logprobs(batch).logprobs
     fields = objectives.policy_fields(trajectories, drawn_weights(trajectories), anchors)
@@ -113,11 +113,18 @@ def config_of(model: Path, layout: Layout) -> Config:
         optimizer=ADAM,
     )
     precision: Precision = "bf16" if layout.bf16 else "fp32"
-    return replace(
-        config,
-        model=replace(config.model, precision=precision),
-        engine=replace(config.engine, recompute=layout.recompute),
+    engine = replace(
+        config.engine,
+        tokens_per_micro_batch=budget_of(layout),
+        pad_to_budget=layout.filled,
+        recompute=layout.recompute,
     )
+    return replace(config, model=replace(config.model, precision=precision), engine=engine)
+
+
+def budget_of(layout: Layout) -> int:
+    """Tokens of a micro-batch."""
+    return TIGHT if layout.tight else ROOMY
 
 
 def _train(stored: StoredModel, step: Callable[[], Any]) -> Trained:
