@@ -26,11 +26,14 @@ from tests.parallel.invariance.report import Measured, document, failures, measu
 from tests.parallel.invariance.run import Seen, run
 from tests.ranks import RankPools
 
-LAYOUTS_A_CALL = 5  # a pool of ranks gives a call four minutes
+LAYOUTS_A_CALL = 3
 
 
-def measure(console: Console, side_by_side: int) -> Measured:
-    """Runs the full product, on so many pools of ranks at a time."""
+def measure(console: Console, file: Path, side_by_side: int) -> Measured:
+    """Runs the full product, on so many pools of ranks at a time.
+
+    The file is written after every call: a run that is cut off leaves what it has.
+    """
     started, rows = time.monotonic(), []
     idle: SimpleQueue[RankPools] = SimpleQueue()
     for _ in range(side_by_side):
@@ -56,20 +59,26 @@ def measure(console: Console, side_by_side: int) -> Measured:
             done = executor.map(differences, calls)
             for found in track(done, "layouts", len(calls), console=console, transient=True):
                 rows += found
+                file.write_text(json.dumps(measured(rows, time.monotonic() - started)))
     for _ in range(side_by_side):
         idle.get().close()
     return measured(rows, time.monotonic() - started)
 
 
 def _calls() -> list[list[Layout]]:
-    """The full product, a few layouts of one shape at a time: setting up a shape costs as much."""
+    """The full product, a few layouts of one shape at a time: setting up a shape costs as much.
+
+    Every shape has its first turn before any has its second.
+    """
     shapes: defaultdict[tuple[str, bool], list[Layout]] = defaultdict(list)
     for layout in full_product():
         shapes[layout.shape, layout.tied].append(layout)
+    most = max(len(layouts) for layouts in shapes.values())
     return [
         layouts[first : first + LAYOUTS_A_CALL]
+        for first in range(0, most, LAYOUTS_A_CALL)
         for layouts in shapes.values()
-        for first in range(0, len(layouts), LAYOUTS_A_CALL)
+        if first < len(layouts)
     ]
 
 
@@ -87,8 +96,7 @@ def main() -> int:
         found = [json.loads(file.read_text()) for file in asked.files]
         asked.document.write_text(document(found))
         return 0
-    found = measure(console, asked.side_by_side)
-    asked.file.write_text(json.dumps(found))
+    found = measure(console, asked.file, asked.side_by_side)
     console.print(table(found))
     for line in failures(found):
         console.print(line, style="red", highlight=False)
