@@ -48,9 +48,9 @@ Under dp2 cp2 with two micro-batches a rank:
     1 + 0.5 + 0 + 0 + 1.5 + 0 + 0.25 + 0.25 = 3.5
 
 A mean over micro-batches would make it 1.75, one over dp x cp 0.875; denominators of each d alone,
-N+ = 3 and 1, would make the positives 6/3 + 6/1 = 8 instead of 3. None of these is 3.5, and the
-gradient of each is as wrong as its loss, which is why gradients are compared tensor by tensor and
-not by their direction.
+N+ = 3 and 1, would make the positives 6/3 + 6/1 = 8 instead of 3. The first two scale the gradient
+and show in its norm, which is told before clipping (Adam would hardly notice); the last turns it,
+and shows in every tensor.
 """
 
 from __future__ import annotations
