@@ -35,10 +35,10 @@ ranks, and compares with one rank and one micro-batch: a reference's log-probabi
 down Eq. 11 and Eq. 12, the first step's gradients as whole Hugging Face tensors, the weights after
 AdamW's three steps at a rate of 1e-3. Layouts are all that can be made of tensor (tp), pipeline
 (pp), virtual pipeline (vpp), context (cp) and data (dp) parallelism, sequence parallelism (sp), one
-or several micro-batches, recomputation of layers and the distributed optimizer; each shape once more
-with tied embeddings, recomputed MLPs and micro-batches filled up, and once in bf16. A row is the
-largest difference of policy and token reward model over all `n` layouts of that shape. A covering
-set, in which each two choices meet, runs in `make test`.
+or several micro-batches, recomputation of layers and the distributed optimizer; each shape once
+more with tied embeddings, recomputed MLPs and micro-batches filled up, and once in bf16. A row is
+the largest difference of policy and token reward model over all `n` layouts of that shape. A
+covering set, in which each two choices meet, runs in `make test`.
 
 | quantity | difference | at most, fp32 | at most, bf16 |
 | --- | --- | --- | --- |
