@@ -51,6 +51,18 @@ A mean over micro-batches would make it 1.75, one over dp x cp 0.875; denominato
 N+ = 3 and 1, would make the positives 6/3 + 6/1 = 8 instead of 3. The first two scale the gradient
 and show in its norm, which is told before clipping (Adam would hardly notice); the last turns it,
 and shows in every tensor.
+
+Tried by hand, each in the engine's code and seen here:
+
+| fault | layout | what tells |
+| --- | --- | --- |
+| every cp rank reports the loss of Eq. 12 | cp2 | the token_rm's loss, twice too large |
+| a mean score over this cp rank's tokens alone | cp2 | the token_rm's scores, loss and gradients |
+| the loss times cp | cp2 | both gradient norms, twice too large |
+| one token told a micro-batch | dp2, micro-batches | both gradient norms, a quarter of theirs |
+| norms not marked for sequence parallelism | tp2 sp | tp ranks hold different gradients |
+| cut weights not marked as cut | tp2 | gradient norms, 0.4 off |
+| outputs freed while gloo still sends them | pp2 vpp2 | gradients, 1.3 off, in some runs |
 """
 
 from __future__ import annotations
