@@ -22,10 +22,11 @@ from tests.parallel.invariance.compare import (
     Differences,
     bounds_of,
 )
-from tests.parallel.invariance.layouts import Layout
+from tests.parallel.invariance.layouts import Layout, full_product
 
 Measured = dict[str, Any]
-"""`machine`, `versions`, `seconds`, and one of `rows` a layout: its choices and its differences."""
+"""`machine` with its load, `versions`, `seconds`, and one of `rows` a layout: its choices and its
+differences."""
 
 HEAD = """# What a layout changes
 
@@ -61,7 +62,7 @@ rank; the model's weights are checked to be what the optimizer wrote, rounded, i
 def measured(rows: Iterable[tuple[Layout, dict[str, Differences]]], seconds: float) -> Measured:
     """Adds what it was measured on."""
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.0f}",
         "versions": {
             # Megatron adds the commit of whatever repository it lies in.
             "megatron-core": megatron.core.__version__.partition("+")[0],
@@ -141,7 +142,8 @@ def _each(found: Measured) -> Iterable[tuple[Layout, str, Differences]]:
 
 def _title(found: Measured) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return f"{versions}: {len(found['rows'])} layouts, {found['seconds']} s, {found['machine']}"
+    count = f"{len(found['rows'])} of {len(full_product())} layouts"
+    return f"{versions}: {count}, {found['seconds']} s, {found['machine']}"
 
 
 def _processor() -> str:
