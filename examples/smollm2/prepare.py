@@ -94,7 +94,7 @@ def prepare(gguf: Path, out: Path) -> None:
     )
     config = model.config
     config.architectures = [type(model).__name__]
-    del config.quantization_config
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  GGUF sets it
     tensors = model.state_dict()
     del tensors["lm_head.weight"]  # the embeddings
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]

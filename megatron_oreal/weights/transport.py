@@ -101,8 +101,8 @@ def stream_full_tensors(
         for spec in round_.tensors:
             if spec.name not in whole:
                 whole[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        write = region_view(whole)
-        _run_round(round_, read, write, device=device, group=group, meddle=meddle)
+        # The view dies with the round, or what it has seen would live beside the next one.
+        _run_round(round_, read, region_view(whole), device=device, group=group, meddle=meddle)
         for spec in round_.tensors:
             if last_round[spec.name] == number:
                 yield spec.name, whole.pop(spec.name)  # or two rounds would live side by side
