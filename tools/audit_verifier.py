@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +19,35 @@ from rich.table import Table
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
-from megatron_oreal.config.schema import Config
+from megatron_oreal.config.schema import Config, JudgeConfig
 from megatron_oreal.data.jsonl import read_records
+from megatron_oreal.monitor.progress import Progress
 from megatron_oreal.types import Outcome, Verdict
 from megatron_oreal.verify.cascade import Answer, Verifier
+from megatron_oreal.verify.futures import results
 
 EPILOG = """
-A line of the input: {"question", "gold", "response"}, optionally "label" (correct | incorrect),
-"data_source", and "stopped" (false where the length limit cut the response).
+A line of the input is {"question", "gold", "response"}, optionally with "label" (correct or
+incorrect, as a person says), "data_source" (which verifier, see verifier.routes) and "stopped"
+(false where the length limit cut the response).
+
+Each response gets a verdict: correct, incorrect, or unverified where nobody could decide. Printed:
+  label against verdict   a label that the verdicts contradict is a mistake of one of them
+  rule against judge      with a judge: what the rules said of the answers that it was asked about
+  seconds an answer       median, 90th and 99th percentile, longest
+  doubtful                answers that are unverified, against their label, or where the judge
+                          overruled the rules; --doubtful writes them, with reasons, for a person
+
+With --json one object is printed: "answers", "unverified_share", "confusion", "rule_and_judge",
+"seconds", "doubtful" (line numbers from 0) and "rows", one for each line of the input in its order:
+{"verdict", "by" (format | rule | judge), "reason", "extracted", "seconds"}.
 
 examples:
   python tools/audit_verifier.py answers.jsonl
-  python tools/audit_verifier.py answers.jsonl --doubtful doubtful.jsonl judge.when=undecided \\
-      'judge.hosts=[http://localhost:8000/v1]' judge.model=qwen
+  python tools/audit_verifier.py answers.jsonl --doubtful doubtful.jsonl
+  python tools/audit_verifier.py answers.jsonl --config my.yaml verifier.relative_tolerance=0.01
+  python tools/audit_verifier.py answers.jsonl --json judge.when=undecided \\
+      'judge.hosts=[http://localhost:8000/v1]' judge.model=qwen > verdicts.json
 """
 OUTCOMES = [outcome.value for outcome in Outcome]
 
@@ -109,15 +126,20 @@ def run_audit(path: Path, config: Config, *, progress: bool = False) -> Audit:
         for line in lines
     ]
 
-    def tell(done: int) -> None:
-        print(f"\r{done}/{len(answers)} answers", end="", file=sys.stderr, flush=True)
-
-    with Verifier(config.verifier, config.judge) as verifier:
-        rule = verifier.judge_by_rule(answers, tell if progress else None)
-        final = verifier.ask_judge(answers, rule)
-    if progress:
-        print(file=sys.stderr)
+    bars = Progress(progress, Console(stderr=True))
+    with Verifier(config.verifier, _patient(config.judge, len(answers))) as verifier:
+        with bars.task("rules", len(answers), "answers") as advance:
+            rule = results([verifier.submit_to_rules(answer) for answer in answers], advance)
+        with bars.task("judge", len(answers), "answers") as advance:
+            asked = map(verifier.submit_to_judge, answers, rule)
+            final = results(list(asked), advance)
     return Audit(lines, rule, final)
+
+
+def _patient(judge: JudgeConfig, answers: int) -> JudgeConfig:
+    """Returns the judge of a run with as much room and time as so many answers may want."""
+    rounds = math.ceil(answers / judge.concurrency)
+    return replace(judge, queue=answers, deadline_s=judge.deadline_s * rounds)
 
 
 def write_doubtful(audit: Audit, path: Path) -> None:

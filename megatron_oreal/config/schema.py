@@ -169,13 +169,14 @@ class VerifierConfig:
     default: str = "math"
     routes: tuple[str, ...] = ()
     max_unverified_share: float = 0.1
+    unverified_alarm_share: float = 0.05
     unverified_is_incorrect: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         at_least(self, 1, "workers_per_rank")
         above_zero(self, "cpu_deadline_s", "wall_deadline_s")
-        share(self, "max_unverified_share")
+        share(self, "max_unverified_share", "unverified_alarm_share")
         share_below_one(self, "relative_tolerance")
         known = {"boxed", "announced", "last_number"}
         ways = self.extract
@@ -187,27 +188,34 @@ class VerifierConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Language models that are asked about answers which the rules did not accept."""
+    """Language models that are asked about answers which the rules did not accept.
 
-    when: Literal["never", "undecided", "not_correct"] = "never"
+    Without `hosts` there is no judge, and what the rules say stands.
+    """
+
+    when: Literal["never", "undecided", "not_correct"] = "not_correct"
     hosts: tuple[str, ...] = ()
     model: str | None = None
     api_key_variable: str | None = None
+    second_vote: bool = False
     concurrency: int = 16
+    queue: int = 4096
     attempts: int = 4
     backoff_s: float = 1.0
     request_deadline_s: float = 60.0
     deadline_s: float = 600.0
+    health_check_s: float = 10.0
     max_tokens: int = 512
     tail_chars: int = 1000
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 1, "concurrency", "attempts", "max_tokens", "tail_chars")
-        above_zero(self, "backoff_s", "request_deadline_s", "deadline_s")
-        if self.when != "never":
-            hosts = self.hosts
+        at_least(self, 1, "concurrency", "queue", "attempts", "max_tokens", "tail_chars")
+        above_zero(self, "backoff_s", "request_deadline_s", "deadline_s", "health_check_s")
+        hosts = self.hosts
+        if self.model:
             require(bool(hosts), "hosts", list(hosts), "name a server, http://host:port/v1")
+        if hosts:
             require(bool(self.model), "model", self.model, "name the model as the servers call it")
         web = all(host.startswith(("http://", "https://")) for host in self.hosts)
         require(web, "hosts", list(self.hosts), "begin each with http:// or https://")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 """Told how many more requests are done; local to a rank. The calls of one `generate` sum to all."""
 
+Finished = Callable[[int, "Rollout"], None]
+"""Told the index of a request and its rollout, as soon as this rank's engine has them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -30,7 +33,11 @@ class RolloutEngine(Protocol):
     """A backend that samples responses; every method is collective over the world."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        advance: Advance,
+        finished: Finished,
     ) -> list[Rollout]:
         """Samples one response a request.
 
@@ -38,6 +45,8 @@ class RolloutEngine(Protocol):
         rollout depends on its request, the sampling and the weights alone, not on what else is in
         the batch or which engine drew it (to the last bit where the backend's kernels allow).
         `sampling.temperature` 0 is greedy; `sampling.samples_per_question` is not read here.
+        A backend that streams calls `finished` for every request, each on one rank alone; one that
+        does not never calls it. It must return at once and is not collective.
 
         Raises:
             UserError: if a prompt leaves no room in `sampling.max_total_tokens`.

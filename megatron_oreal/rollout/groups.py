@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megatron_oreal.config.schema import SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, RolloutEngine
+    from megatron_oreal.rollout.engine import Advance, Finished, RolloutEngine
     from megatron_oreal.types import Prompt
 
 
@@ -25,6 +25,7 @@ def generate_groups(
     seed: int,
     iteration: int,
     advance: Advance,
+    finished: Finished = lambda _index, _rollout: None,
 ) -> list[RolloutGroup]:
     """Samples `sampling.samples_per_question` responses a prompt; collective over the world.
 
@@ -35,13 +36,15 @@ def generate_groups(
         seed: seed of the run.
         iteration: 0-based; the same seed and iteration draw the same samples from the same weights.
         advance: told how many of the `len(prompts) * samples_per_question` requests are done.
+        finished: told each response as it comes, with its number, prompt by prompt; on one rank, by
+            engines that stream.
 
     Returns:
         One group a prompt, in the order of the prompts, the same on every rank.
     """
     n_samples = sampling.samples_per_question
     requests = build_requests(prompts, n_samples, seed, iteration)
-    rollouts = engine.generate(requests, sampling, advance)
+    rollouts = engine.generate(requests, sampling, advance, finished)
     return [
         RolloutGroup(prompt, tuple(rollouts[i * n_samples : (i + 1) * n_samples]))
         for i, prompt in enumerate(prompts)

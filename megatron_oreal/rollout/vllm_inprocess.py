@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Request
+    from megatron_oreal.rollout.engine import Advance, Finished, Request
     from megatron_oreal.weights.sums import Checksums
 
 _HEAD = "lm_head.weight"
@@ -92,12 +92,17 @@ class VllmInProcess:
         self._names = _tensor_names(model_path) - ({_HEAD} if self._tied else set())
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        advance: Advance,
+        finished: Finished,
     ) -> list[Rollout]:
         """Samples one response a request; see `RolloutEngine.generate`."""
         budgets = response_budgets(requests, sampling, self._max_total_tokens)
         lengths = [len(r.tokens) + n for r, n in zip(requests, budgets, strict=True)]
         own = deal(lengths, self._n_engines)[self._engine]
+        told_here = set(own[world_rank() % self._tp :: self._tp])  # one rank of an engine each
         progress = SharedProgress(len(own), len(requests), advance)
         rollouts: dict[int, Rollout] = {}
         with random_state_kept(), self._compilation():
@@ -105,8 +110,11 @@ class VllmInProcess:
                 self._add(index, requests[index], sampling, budgets[index])
             while self._llm.has_unfinished_requests():
                 for output in cast("list[RequestOutput]", self._llm.step()):
-                    rollouts[int(output.request_id)] = self._rollout(output)
+                    index = int(output.request_id)
+                    rollouts[index] = self._rollout(output)
                     progress.report(len(rollouts))
+                    if index in told_here:
+                        finished(index, rollouts[index])
         gathered = all_gather_rollouts(rollouts if self._speaks else {}, len(requests))
         progress.finish()
         return gathered

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Request
+    from megatron_oreal.rollout.engine import Advance, Finished, Request
     from megatron_oreal.weights.sums import Checksums
 
 _MIB = 1 << 20
@@ -88,7 +88,11 @@ class VllmServer:
                 self._link = self._open_link(Fleet(self._servers), config)
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        advance: Advance,
+        finished: Finished,
     ) -> list[Rollout]:
         """Samples one response a request; see `RolloutEngine.generate`."""
         budgets = response_budgets(requests, sampling, self._max_total_tokens)
@@ -101,6 +105,7 @@ class VllmServer:
         def done(index: int, sample: Sample) -> None:
             rollouts[index] = self._rollout(sample)
             progress.report(len(rollouts))
+            finished(index, rollouts[index])
 
         def asked(index: int) -> Asked:
             parameters = self._parameters(requests[index], sampling, budgets[index])

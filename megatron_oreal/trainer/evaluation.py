@@ -11,7 +11,7 @@ from megatron_oreal.algorithm.pass_at_k import pass_at_k
 from megatron_oreal.config.schema import Config, SamplingConfig
 from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.groups import generate_groups
-from megatron_oreal.trainer.judging import judge_groups
+from megatron_oreal.trainer.judging import Judging
 from megatron_oreal.types import Outcome, Prompt, RolloutGroup
 from megatron_oreal.verify.cascade import Verifier
 
@@ -87,6 +87,7 @@ class Evaluator:
     def _answer(
         self, sampling: SamplingConfig, iteration: int, advance: Progress
     ) -> list[RolloutGroup]:
+        judging = Judging(self._verifier, self.prompts, sampling.samples_per_question)
         groups = generate_groups(
             self._engine,
             self.prompts,
@@ -94,8 +95,9 @@ class Evaluator:
             seed=self.config.run.seed,
             iteration=iteration,
             advance=advance,
+            finished=judging.take,
         )
-        return judge_groups(self._verifier, groups)
+        return judging.judge(groups)
 
 
 def summarise(

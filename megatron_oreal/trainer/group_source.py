@@ -22,7 +22,7 @@ from megatron_oreal.rollout.record import (
     write_groups,
 )
 from megatron_oreal.trainer.journal import Journal
-from megatron_oreal.trainer.judging import judge_groups
+from megatron_oreal.trainer.judging import Judging
 from megatron_oreal.types import Prompt, RolloutGroup
 from megatron_oreal.verify.cascade import Verifier
 
@@ -41,7 +41,10 @@ class GroupSource(Protocol):
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """Samples from the engines' weights and has every answer judged, then records the groups."""
+    """Samples from the engines' weights and has every answer judged, then records the groups.
+
+    An answer is judged as soon as its engine has it, while others still generate.
+    """
 
     config: Config
     engine: RolloutEngine
@@ -58,14 +61,17 @@ class SampledGroups:
 
     def sample(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
         """Does the same and records nothing; collective over the world."""
-        return self._judge(self._generate(prompts, iteration))
+        judging = Judging(self.verifier, prompts, self.config.sampling.samples_per_question)
+        return self._judge(self._generate(prompts, iteration, judging), judging)
 
     def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
         """See `GroupSource.keep`."""
         if not self.config.rollout.record:
             self._record(groups, iteration)
 
-    def _generate(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+    def _generate(
+        self, prompts: Sequence[Prompt], iteration: int, judging: Judging
+    ) -> list[RolloutGroup]:
         sampling = self.config.sampling
         responses = len(prompts) * sampling.samples_per_question
         with self.journal.phase("generate", responses, "responses") as advance:
@@ -76,14 +82,18 @@ class SampledGroups:
                 seed=self.config.run.seed,
                 iteration=iteration,
                 advance=advance,
+                finished=judging.take,
             )
         self.journal.generated(groups)
         return groups
 
-    def _judge(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    def _judge(self, groups: Sequence[RolloutGroup], judging: Judging) -> list[RolloutGroup]:
         answers = sum(len(group.rollouts) for group in groups)
-        with self.journal.phase("verify", answers, "answers") as advance:
-            return judge_groups(self.verifier, groups, advance)
+        unit = f"answers, at most {judging.longest_wait_s:.0f} s"
+        with self.journal.phase("verify", answers, unit) as advance:
+            groups = judging.judge(groups, advance)
+        self.journal.add(judging.metrics)
+        return groups
 
     def _record(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
         """Writes the groups on the first rank; a disk that refuses costs the record alone."""

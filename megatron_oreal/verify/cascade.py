@@ -5,19 +5,22 @@ It knows no ranks: whoever deals answers to ranks sees to it that each is judged
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from megatron_oreal.config.schema import JudgeConfig
 from megatron_oreal.types import Outcome, Verdict
 from megatron_oreal.verify.extract import extract_answer, text_to_judge
+from megatron_oreal.verify.futures import known, results, then
 from megatron_oreal.verify.judge_prompt import JudgeQuestion
-from megatron_oreal.verify.protocol import Pair
+from megatron_oreal.verify.protocol import Comparison, Pair
 from megatron_oreal.verify.registry import Routes
 from megatron_oreal.verify.sandbox import WorkerPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
     from types import TracebackType
 
     from megatron_oreal.config.schema import VerifierConfig
@@ -53,6 +56,8 @@ class Verifier:
         self._routes = Routes(config.default, config.routes)
         self._judge_config = judge or JudgeConfig()
         self._judge = _make_judge(self._judge_config)
+        self._workers = config.workers_per_rank
+        self._wall_deadline_s = config.wall_deadline_s
         self._pool = WorkerPool(
             workers=config.workers_per_rank,
             cpu_deadline_s=config.cpu_deadline_s,
@@ -75,77 +80,69 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers and drops what is under way."""
         self._pool.close()
+        if self._judge is not None:
+            self._judge.close()
 
     def judge(
-        self, answers: Sequence[Answer], progress: Callable[[int], None] | None = None
+        self, answers: Sequence[Answer], advance: Callable[[int], None] | None = None
     ) -> list[Verdict]:
         """Judges all answers and returns the verdicts in their order.
 
         No answer can end or hang it: what overruns, crashes or cannot be read is UNVERIFIED, and
-        it takes at most the wall deadline times the answers, divided by the workers, and the
-        judge's deadline.
+        it takes at most `longest_wait_s` of so many answers.
 
         Args:
             answers: what to judge.
-            progress: called with the number judged so far, after each that a worker settled.
+            advance: told that one more is judged, after each.
         """
-        return self.ask_judge(answers, self.judge_by_rule(answers, progress))
+        return results([self.submit(answer) for answer in answers], advance)
 
-    def ask_judge(self, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> list[Verdict]:
-        """Returns the verdicts with those replaced that the config wants a judge for."""
-        final = list(verdicts)
-        asked = [item for item, verdict in enumerate(verdicts) if self._wants_judge(verdict)]
-        if self._judge is None or not asked:
-            return final
-        replies = self._judge.ask([self._question_of(answers[i], verdicts[i]) for i in asked])
-        for item, reply in zip(asked, replies, strict=True):
-            final[item] = reply
-        return final
+    def submit(self, answer: Answer) -> Future[Verdict]:
+        """Begins to judge an answer and returns at once; the verdict comes while others work."""
+        return then(self.submit_to_rules(answer), lambda said: self.submit_to_judge(answer, said))
 
-    def _question_of(self, answer: Answer, verdict: Verdict) -> JudgeQuestion:
-        """Returns what a judge is shown of an answer."""
+    def longest_wait_s(self, answers: int) -> float:
+        """Returns after how many seconds so many answers are judged, whatever they are."""
+        rounds = math.ceil(answers / self._workers)
+        judge_s = 0.0 if self._judge is None else self._judge_config.deadline_s
+        return rounds * self._wall_deadline_s + judge_s
+
+    def submit_to_rules(self, answer: Answer) -> Future[Verdict]:
+        """Begins to judge an answer by format and rule alone."""
+        extracted = None
+        if answer.stopped:
+            extracted = extract_answer(answer.response, self._markers, self._ways)
+        if not extracted:
+            fault = _format_fault(answer, extracted)
+            return known(Verdict(Outcome.INCORRECT, "format", fault, extracted, 0.0))
+        pair = Pair(answer.gold, extracted, self._routes.verifier_of(answer.data_source))
+        return then(self._pool.submit(pair), lambda found: known(_by_rule(extracted, found)))
+
+    def submit_to_judge(self, answer: Answer, said: Verdict) -> Future[Verdict]:
+        """Begins to ask the judge, where the config wants one for what the rules said."""
+        if self._judge is None or not self._wants_judge(said):
+            return known(said)
         tail = text_to_judge(answer.response, self._markers)[-self._judge_config.tail_chars :]
-        return JudgeQuestion(answer.question, answer.gold, verdict.extracted or "", tail)
-
-    def _wants_judge(self, verdict: Verdict) -> bool:
-        when = self._judge_config.when
-        undecided = verdict.outcome is Outcome.UNVERIFIED
-        wrong = verdict.outcome is Outcome.INCORRECT and verdict.by == "rule"
-        return (undecided and when != "never") or (wrong and when == "not_correct")
-
-    def judge_by_rule(
-        self, answers: Sequence[Answer], progress: Callable[[int], None] | None = None
-    ) -> list[Verdict]:
-        """Judges all answers by format and rule alone; as `judge` otherwise."""
-        verdicts: dict[int, Verdict] = {}
-        pairs: dict[int, Pair] = {}
-        for item, answer in enumerate(answers):
-            extracted = None
-            if answer.stopped:
-                extracted = extract_answer(answer.response, self._markers, self._ways)
-            if extracted:
-                verifier = self._routes.verifier_of(answer.data_source)
-                pairs[item] = Pair(answer.gold, extracted, verifier)
-            else:
-                fault = _format_fault(answer, extracted)
-                verdicts[item] = Verdict(Outcome.INCORRECT, "format", fault, extracted, 0.0)
-        settled = len(verdicts)
-        comparisons = self._pool.compare(
-            list(pairs.values()),
-            None if progress is None else lambda done: progress(settled + done),
+        asked = JudgeQuestion(
+            answer.question, answer.gold, said.extracted or "", tail, rule=said.outcome
         )
-        for (item, pair), found in zip(pairs.items(), comparisons, strict=True):
-            verdicts[item] = Verdict(
-                found.outcome, "rule", found.reason, pair.answer, found.seconds
-            )
-        return [verdicts[item] for item in range(len(answers))]
+        return self._judge.submit(asked)
+
+    def _wants_judge(self, said: Verdict) -> bool:
+        undecided = said.outcome is Outcome.UNVERIFIED
+        wrong = said.outcome is Outcome.INCORRECT and said.by == "rule"
+        return undecided or (wrong and self._judge_config.when == "not_correct")
+
+
+def _by_rule(extracted: str, found: Comparison) -> Verdict:
+    return Verdict(found.outcome, "rule", found.reason, extracted, found.seconds)
 
 
 def _make_judge(config: JudgeConfig) -> Judge | None:
-    """Returns the judge, if one is ever asked."""
-    if config.when == "never":
+    """Returns the judge, if there is one and it is ever asked."""
+    if config.when == "never" or not config.hosts:
         return None
     # The client takes a second to import: only runs with a judge wait for it.
     from megatron_oreal.verify.judge import Judge

@@ -30,12 +30,16 @@ _THINKING_ENDS = ("</think>",)
 
 @dataclass(frozen=True, slots=True)
 class JudgeQuestion:
-    """One answer to put before a judge; `tail` is the end of the response."""
+    """One answer to put before a judge; `tail` is the end of the response.
+
+    `rule` is what the rules said of it, which a judge is not told.
+    """
 
     question: str
     gold: str
     answer: str
     tail: str
+    rule: Outcome = Outcome.UNVERIFIED
 
 
 def messages_of(asked: JudgeQuestion) -> list[dict[str, str]]:

@@ -1,26 +1,27 @@
 """A pool of verification workers that the trainer can always get back from.
 
-Workers are started once and reused, each compares one pair at a time. A pair that overruns its
-deadline or takes its worker down is UNVERIFIED; the worker is replaced while a spare, already warm,
-steps in. The parent uses no threads.
+Workers are processes, started once and reused; each compares one pair at a time. A pair that
+overruns its deadline or takes its worker down is UNVERIFIED; the worker is replaced while a spare,
+already warm, steps in. One thread a worker waits for it, so that pairs are compared while the
+trainer does something else; the threads do nothing but wait.
 """
 
 from __future__ import annotations
 
-import selectors
-import time
+import threading
 from collections import deque
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.types import Outcome
+from megatron_oreal.verify.futures import known, results
 from megatron_oreal.verify.protocol import MAX_TEXT_CHARS, Comparison, Pair
 from megatron_oreal.verify.worker_process import WorkerProcess, WorkerStartError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 WORKER_MEMORY_BYTES = 2 << 30
@@ -28,19 +29,10 @@ _SPARES = 1
 _MAX_FAILED_STARTS = 3  # in a row: the installation is broken, not one worker unlucky
 
 
-@dataclass
-class _Batch:
-    """One call of `compare`: what waits, and what is known."""
-
-    pairs: Sequence[Pair]
-    results: dict[int, Comparison] = field(default_factory=dict)
-    waiting: deque[int] = field(default_factory=deque)
-
-
 class WorkerPool:
-    """Compares pairs in child processes.
+    """Compares pairs in child processes, which die with the thread that started them.
 
-    Used from one thread, the one that made it: the workers die with that thread.
+    That is the pool's maker, which has to outlive it, or one of the pool's own.
     """
 
     def __init__(
@@ -68,11 +60,13 @@ class WorkerPool:
         """
         if find_spec("math_verify") is None:
             raise UserError("verifier: math_verify is not installed: pip install 'math-verify'")
-        self._workers = workers
         self._limits = (cpu_deadline_s, wall_deadline_s, memory_bytes, tolerance, verifiers)
-        self._selector = selectors.DefaultSelector()
-        self._failed_starts = 0
-        self._processes: list[WorkerProcess] = []
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._processes: set[WorkerProcess] = set()
+        # More than there are threads to take one, so never empty; the warm ones in front.
+        self._idle: deque[WorkerProcess] = deque()
         for _ in range(workers + _SPARES):
             self._start()
 
@@ -90,103 +84,80 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Kills all workers; the pool can compare no more."""
+        """Kills all workers; what waits is cancelled, and the pool can compare no more."""
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.end()
+        self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            self._selector.unregister(process)
             process.kill()
         self._processes.clear()
-        self._selector.close()
+
+    def submit(self, pair: Pair) -> Future[Comparison]:
+        """Begins to compare a pair; one longer than `MAX_TEXT_CHARS` is UNVERIFIED at once.
+
+        The future fails with `WorkerStartError` where the workers cannot start.
+        """
+        if max(len(pair.gold), len(pair.answer)) > MAX_TEXT_CHARS:
+            reason = f"longer than {MAX_TEXT_CHARS} characters"
+            return known(Comparison(Outcome.UNVERIFIED, reason))
+        return self._threads.submit(self._compare, pair)
 
     def compare(
-        self, pairs: Sequence[Pair], progress: Callable[[int], None] | None = None
+        self, pairs: Sequence[Pair], advance: Callable[[int], None] | None = None
     ) -> list[Comparison]:
         """Compares all pairs and returns the comparisons in their order.
 
         Args:
-            pairs: gold answers and answers; one longer than `MAX_TEXT_CHARS` is UNVERIFIED at once.
-            progress: called with the number of pairs done so far, after each.
+            pairs: gold answers and answers.
+            advance: told that one more pair is done, after each.
 
         Raises:
             WorkerStartError: the workers cannot start.
         """
-        batch = _Batch(pairs)
-        try:
-            for done, (item, comparison) in enumerate(self._comparisons(batch), start=1):
-                batch.results[item] = comparison
-                if progress is not None:
-                    progress(done)
-        finally:  # a worker left with a pair would answer it in the next call
-            for process in [p for p in self._processes if p.item is not None]:
-                process.give_up("abandoned")
-                self._replace(process)
-        return [batch.results[item] for item in range(len(pairs))]
+        return results([self.submit(pair) for pair in pairs], advance)
 
-    def _comparisons(self, batch: _Batch) -> Iterator[tuple[int, Comparison]]:
-        """Yields each pair's number and comparison as they come."""
-        for item, pair in enumerate(batch.pairs):
-            if max(len(pair.gold), len(pair.answer)) > MAX_TEXT_CHARS:
-                reason = f"longer than {MAX_TEXT_CHARS} characters"
-                yield item, Comparison(Outcome.UNVERIFIED, reason)
-            else:
-                batch.waiting.append(item)
-        while batch.waiting or self._busy():
-            self._hand_out(batch)
-            yield from self._collect()
+    def _compare(self, pair: Pair) -> Comparison:
+        process = self._take()
+        comparison = process.compare(pair)
+        if process.dead:
+            self._replace(process)
+        else:
+            self._idle.appendleft(process)
+        return comparison
 
-    def _busy(self) -> int:
-        return sum(process.item is not None for process in self._processes)
-
-    def _hand_out(self, batch: _Batch) -> None:
-        """Gives waiting pairs to idle workers, to no more at a time than the pool was made for."""
-        for process in [p for p in self._processes if p.idle]:
-            if not batch.waiting or self._busy() >= self._workers:
-                return
-            if process.dead:
-                self._replace(process)
-                continue
-            item = batch.waiting.popleft()
-            process.send(item, batch.pairs[item])
-
-    def _collect(self) -> Iterator[tuple[int, Comparison]]:
-        """Waits until a worker has spoken, died or overrun; yields what became known."""
-        pending = [p for p in self._processes if not p.idle]
-        wait_s = max(min(p.deadline for p in pending) - time.monotonic(), 0.0)
-        spoken = {key.fileobj for key, _ in self._selector.select(wait_s)}
-        now = time.monotonic()
-        for process in list(self._processes):
-            item = process.item
-            if process not in spoken and (process.idle or process.deadline > now):
-                continue
-            comparison = self._hear(process, overran=process not in spoken)
-            if process.dead:
-                self._replace(process)
-            if item is not None and comparison is not None:
-                yield item, comparison
-
-    def _hear(self, process: WorkerProcess, *, overran: bool) -> Comparison | None:
-        """Returns what a worker said, or how it ended, of the pair it held.
+    def _take(self) -> WorkerProcess:
+        """Returns an idle worker that is alive and ready.
 
         Raises:
             WorkerStartError: several starts in a row have failed.
         """
-        try:
-            comparison = process.overran() if overran else process.receive()
-        except WorkerStartError:
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS:
-                raise
-            return None
-        self._failed_starts = 0
-        return comparison
+        failed = 0
+        while True:
+            if self._closed:
+                raise WorkerStartError("the pool of verification workers is closed")
+            process = self._idle.popleft()
+            try:
+                process.await_ready()
+            except WorkerStartError:
+                failed += 1
+                if failed >= _MAX_FAILED_STARTS:
+                    raise
+            if not process.dead:
+                return process
+            self._replace(process)
 
     def _start(self) -> None:
-        process = WorkerProcess(*self._limits)
-        self._processes.append(process)
-        self._selector.register(process, selectors.EVENT_READ)
+        with self._lock:
+            if not self._closed:
+                process = WorkerProcess(*self._limits)
+                self._processes.add(process)
+                self._idle.append(process)
 
     def _replace(self, process: WorkerProcess) -> None:
         """Buries a worker and starts another."""
-        self._selector.unregister(process)
         process.kill()
-        self._processes.remove(process)
+        with self._lock:
+            self._processes.discard(process)
         self._start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -37,12 +38,10 @@ class WorkerStartError(RuntimeError):
 
 
 class WorkerProcess:
-    """A child process that compares one pair at a time.
+    """A child process that compares one pair at a time; used by one thread at a time.
 
     Attributes:
         ready: it has said that it can take pairs.
-        item: the caller's number of the pair it holds, None while idle.
-        deadline: `time.monotonic()` at which it has overrun: its start, or the pair it holds.
     """
 
     def __init__(
@@ -72,75 +71,56 @@ class WorkerProcess:
             env=_environment(),
             start_new_session=True,  # an interrupt at the terminal is the trainer's business
         )
-        self._received = b""
-        self._sent_at = time.monotonic()
-        self.ready = False
-        self.item: int | None = None
-        self.deadline = self._sent_at + START_DEADLINE_S
-
-    def fileno(self) -> int:
-        """Returns the descriptor that becomes readable when the worker has spoken or died."""
         assert self._process.stdout is not None
-        return self._process.stdout.fileno()
-
-    @property
-    def idle(self) -> bool:
-        """Whether it can take a pair."""
-        return self.ready and self.item is None
+        self._replies = self._process.stdout.fileno()
+        self._readable = select.poll()
+        self._readable.register(self._replies, select.POLLIN)
+        self._received = b""
+        self._number = 0  # of the pair it holds or held
+        self._sent_at = time.monotonic()
+        self._deadline = self._sent_at + START_DEADLINE_S
+        self.ready = False
 
     @property
     def dead(self) -> bool:
         """Whether the child has ended."""
         return self._process.poll() is not None
 
-    def send(self, item: int, pair: Pair) -> None:
-        """Hands over a pair; a worker that has died meanwhile shows it at the next `receive`."""
+    def await_ready(self) -> None:
+        """Waits until it can take a pair.
+
+        Raises:
+            WorkerStartError: it died, or its time was up, before.
+        """
+        while not self.ready:
+            line = self._next_line()
+            if line != READY_LINE:
+                raise WorkerStartError(self._last_words(line))
+            self.ready = True
+
+    def compare(self, pair: Pair) -> Comparison:
+        """Compares a pair; within the deadlines, whatever the worker does.
+
+        A worker that overruns, dies or talks nonsense is killed, and its pair is UNVERIFIED.
+        """
         assert self._process.stdin is not None
-        self.item = item
+        self._number += 1
         self._sent_at = time.monotonic()
-        self.deadline = self._sent_at + self._wall_deadline_s
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(encode_request(item, pair))
+        self._deadline = self._sent_at + self._wall_deadline_s
+        with suppress(BrokenPipeError):  # then its end shows in what it says
+            self._process.stdin.write(encode_request(self._number, pair))
+        line = self._next_line()
+        seconds = time.monotonic() - self._sent_at
+        if not line:
+            return self._given_up(self._how_it_ended())
+        try:
+            return decode_reply(line, self._number, seconds)
+        except ProtocolError as error:
+            return self._given_up(f"the worker broke: {error}")
 
-    def receive(self) -> Comparison | None:
-        """Reads what there is and returns the comparison of the pair it holds, if that is complete.
-
-        A worker that has died or talks nonsense is killed, and its pair is UNVERIFIED. Call only
-        when `fileno` is readable.
-
-        Raises:
-            WorkerStartError: it died before it was ready.
-        """
-        chunk = os.read(self.fileno(), MAX_REPLY_BYTES)
-        self._received += chunk
-        if not chunk:
-            return self._died()
-        if not self._received.endswith(b"\n"):
-            return self.give_up("it wrote too much") if self._wrote_too_much() else None
-        line, self._received = self._received, b""
-        if not self.ready:
-            self.ready = line == READY_LINE
-            return None if self.ready else self._died()
-        return self._finish(line)
-
-    def give_up(self, reason: str) -> Comparison | None:
-        """Kills the worker; the pair it holds, if any, is UNVERIFIED for this reason."""
-        self.kill()
-        item, self.item = self.item, None
-        if item is None:
-            return None
-        return Comparison(Outcome.UNVERIFIED, reason, time.monotonic() - self._sent_at)
-
-    def overran(self) -> Comparison | None:
-        """Kills a worker whose deadline has passed.
-
-        Raises:
-            WorkerStartError: it was still starting.
-        """
-        if not self.ready:
-            self.kill()
-            raise WorkerStartError(f"a worker was not ready after {START_DEADLINE_S:g} s")
-        return self.give_up(f"more than {self._wall_deadline_s:g} s of wall time")
+    def end(self) -> None:
+        """Ends the child, from any thread; `kill` has to follow."""
+        self._process.kill()
 
     def kill(self) -> None:
         """Ends the child and collects it."""
@@ -150,34 +130,46 @@ class WorkerProcess:
             assert pipe is not None
             pipe.close()
 
-    def _finish(self, line: bytes) -> Comparison | None:
-        if self.item is None:
-            return self.give_up("it spoke unasked")
-        try:
-            comparison = decode_reply(line, self.item, time.monotonic() - self._sent_at)
-        except ProtocolError as error:
-            return self.give_up(f"the worker broke: {error}")
-        self.item = None
-        return comparison
+    def _next_line(self) -> bytes:
+        """Returns the next line; empty where it died, wrote too much or the deadline passed."""
+        self._received = b""
+        while not self._received.endswith(b"\n") and len(self._received) <= MAX_REPLY_BYTES:
+            wait_s = max(self._deadline - time.monotonic(), 0.0)
+            if not self._readable.poll(1e3 * wait_s):
+                return b""
+            chunk = os.read(self._replies, MAX_REPLY_BYTES)
+            if not chunk:
+                return b""
+            self._received += chunk
+        return self._received
 
-    def _wrote_too_much(self) -> bool:
-        return len(self._received) > MAX_REPLY_BYTES
+    def _given_up(self, reason: str) -> Comparison:
+        self.kill()
+        return Comparison(Outcome.UNVERIFIED, reason, time.monotonic() - self._sent_at)
 
-    def _died(self) -> Comparison | None:
-        if not self.ready:
-            assert self._process.stderr is not None
-            self._process.kill()
-            last_words = self._process.stderr.read().decode(errors="replace").strip()[-2000:]
-            self.kill()
-            raise WorkerStartError(f"a verification worker could not start: {last_words}")
+    def _last_words(self, line: bytes) -> str:
+        """Kills a worker that is not ready and returns what went wrong."""
+        assert self._process.stderr is not None
+        late = not line and time.monotonic() >= self._deadline
+        self._process.kill()
+        said = self._process.stderr.read().decode(errors="replace").strip()[-2000:]
+        self.kill()
+        if late:
+            return f"a verification worker was not ready after {START_DEADLINE_S:g} s"
+        return f"a verification worker could not start: {said}"
+
+    def _how_it_ended(self) -> str:
+        """Returns why there is no reply."""
+        if time.monotonic() >= self._deadline:
+            return f"more than {self._wall_deadline_s:g} s of wall time"
         try:
             code = self._process.wait(_LAST_BREATH_S)
         except subprocess.TimeoutExpired:
-            return self.give_up("it closed its pipe")
+            return "it closed its pipe"
         if -code in _CPU_SIGNALS:
-            return self.give_up(f"more than {self._cpu_deadline_s:g} s of processor time")
+            return f"more than {self._cpu_deadline_s:g} s of processor time"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return self.give_up(f"the worker died: {how}")
+        return f"the worker died: {how}"
 
 
 def _command(cpu_deadline_s: float, memory_bytes: int) -> list[str]:

@@ -77,11 +77,20 @@ class Case:
 
     def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Rollout]:
         advanced: list[int] = []
-        rollouts = self.engine.generate(requests, sampling, advanced.append)
+        streamed: list[tuple[int, Rollout]] = []
+        rollouts = self.engine.generate(
+            requests, sampling, advanced.append, lambda *one: streamed.append(one)
+        )
         if sum(advanced) != len(requests) or not all(n > 0 for n in advanced):
             raise AssertionError(f"{len(requests)} requests, advanced by {advanced}")
         if not alike_on_all_ranks(rollouts):
             raise AssertionError("ranks got different rollouts")
+        mine = json.dumps([index for index, _ in streamed]).encode()
+        told = [json.loads(indices) for indices in all_gather_bytes(mine)]
+        if sorted(index for indices in told for index in indices) != list(range(len(requests))):
+            raise AssertionError(f"{len(requests)} requests, the ranks were told of {told}")
+        if any(rollouts[index] != rollout for index, rollout in streamed):
+            raise AssertionError("a rank was told another rollout than it was given")
         return rollouts
 
     def everywhere(self, name: str, value: Any) -> None:
@@ -120,7 +129,7 @@ class Case:
 
     def refusals(self) -> None:
         too_long = [Request((3,) * WINDOW, 0)]
-        self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print))
+        self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print, print))
         tensors = checkpoint(self.folder / "new")
         del tensors["model.norm.weight"]
         self.found["missing"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))

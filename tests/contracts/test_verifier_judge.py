@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import contextlib
 import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import web
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import JudgeConfig, VerifierConfig
@@ -17,93 +17,14 @@ from megatron_oreal.types import Outcome
 from megatron_oreal.verify.cascade import Answer, Verifier
 from megatron_oreal.verify.judge import Judge
 from megatron_oreal.verify.judge_prompt import JudgeQuestion, messages_of, read_verdict
+from tests.contracts.judge_server import RIGHT, WRONG, Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Serve = Callable[..., "Server"]
 
-WRONG = "VERDICT: INCORRECT"
-RIGHT = "They are equal.\nVERDICT: CORRECT"
-
-
-class Server:
-    """An OpenAI-compatible server in a thread; `behaviours` are taken in turn, the last stays."""
-
-    def __init__(self, *behaviours: Any) -> None:
-        self.behaviours = list(behaviours)
-        self.requests: list[dict[str, Any]] = []
-        self.under_way = self.most_under_way = 0
-        self._loop = asyncio.new_event_loop()
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._up.wait(30.0)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._up.set()
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._stop())
-
-    async def _stop(self) -> None:
-        await self._runner.cleanup()
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:  # those that would have slept on
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-
-    async def _start(self) -> None:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._answer)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{port}/v1"
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
-        self.requests.append(await request.json())
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
-        try:
-            last = len(self.behaviours) == 1
-            return await self._behave(
-                self.behaviours[0] if last else self.behaviours.pop(0), request
-            )
-        finally:
-            self.under_way -= 1
-
-    async def _behave(self, behaviour: Any, request: web.Request) -> web.StreamResponse:
-        if isinstance(behaviour, int):
-            return web.json_response({"error": {"message": "no"}}, status=behaviour)
-        if isinstance(behaviour, float):
-            await asyncio.sleep(behaviour)
-            return completion(RIGHT)
-        if behaviour == "drop":
-            assert request.transport is not None
-            request.transport.abort()
-            return web.Response()
-        if behaviour == "cut":
-            return completion(RIGHT, finish="length")
-        if behaviour in {"{", "[]", '{"choices": 3}', '{"choices": []}', "null"}:
-            return web.Response(text=behaviour, content_type="application/json")
-        return completion(behaviour)
-
-
-def completion(content: str, finish: str = "stop") -> web.Response:
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": finish, "message": message}
-    return web.json_response(
-        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-    )
+RULES = VerifierConfig(default=f"{Path(__file__).with_name('users_verifiers.py')}:digits")
 
 
 @pytest.fixture
@@ -119,10 +40,19 @@ def serve() -> Iterator[Serve]:
         server.close()
 
 
-def judge_of(*servers: Server, **settings: Any) -> Judge:
-    chosen = {"attempts": 3, "backoff_s": 0.01, "request_deadline_s": 20.0, **settings}
-    hosts = tuple(server.url for server in servers)
-    return Judge(JudgeConfig(when="undecided", hosts=hosts, model="m", **chosen))
+@pytest.fixture
+def judge_of() -> Iterator[Callable[..., Judge]]:
+    judges: list[Judge] = []
+
+    def make(*servers: Server, **settings: Any) -> Judge:
+        chosen = {"attempts": 3, "backoff_s": 0.01, "request_deadline_s": 20.0, **settings}
+        hosts = tuple(server.url for server in servers)
+        judges.append(Judge(JudgeConfig(when="undecided", hosts=hosts, model="m", **chosen)))
+        return judges[-1]
+
+    yield make
+    for judge in judges:
+        judge.close()
 
 
 ASKED = JudgeQuestion("What is half of one?", "1/2", "0.5", "so it is 0.5")
@@ -149,7 +79,7 @@ ASKED = JudgeQuestion("What is half of one?", "1/2", "0.5", "so it is 0.5")
     ],
 )
 def test_what_a_server_does(
-    serve: Serve, behaviours: list[Any], outcome: Outcome, requests: int
+    serve: Serve, judge_of: Any, behaviours: list[Any], outcome: Outcome, requests: int
 ) -> None:
     server = serve(*behaviours)
     [verdict] = judge_of(server).ask([ASKED])
@@ -158,21 +88,21 @@ def test_what_a_server_does(
     assert len(server.requests) == requests
 
 
-def test_a_broken_server_leaves_its_questions_to_the_others(serve: Serve) -> None:
+def test_a_broken_server_leaves_its_questions_to_the_others(serve: Serve, judge_of: Any) -> None:
     broken, whole = serve(500), serve(RIGHT)
     verdicts = judge_of(broken, whole).ask([ASKED] * 20)
     assert [verdict.outcome for verdict in verdicts] == [Outcome.CORRECT] * 20
     assert len(whole.requests) == 20
 
 
-def test_requests_under_way_are_bounded(serve: Serve) -> None:
+def test_requests_under_way_are_bounded(serve: Serve, judge_of: Any) -> None:
     server = serve(0.05)
     verdicts = judge_of(server, concurrency=3).ask([ASKED] * 12)
     assert Counter(verdict.outcome for verdict in verdicts) == {Outcome.CORRECT: 12}
     assert 1 <= server.most_under_way <= 3
 
 
-def test_verdicts_come_in_order(serve: Serve) -> None:
+def test_verdicts_come_in_order(serve: Serve, judge_of: Any) -> None:
     server = serve(RIGHT, WRONG, RIGHT, "?", WRONG)
     verdicts = judge_of(server, concurrency=1).ask([ASKED] * 5)
     outcomes = [verdict.outcome.value for verdict in verdicts]
@@ -181,7 +111,7 @@ def test_verdicts_come_in_order(serve: Serve) -> None:
 
 @pytest.mark.parametrize("limits", [{"request_deadline_s": 0.3}, {"deadline_s": 0.6}])
 def test_a_server_that_never_answers_costs_its_deadline(
-    serve: Serve, limits: dict[str, float]
+    serve: Serve, judge_of: Any, limits: dict[str, float]
 ) -> None:
     started = time.monotonic()
     verdicts = judge_of(serve(600.0), **limits).ask([ASKED] * 4)
@@ -189,11 +119,73 @@ def test_a_server_that_never_answers_costs_its_deadline(
     assert time.monotonic() - started < 60.0  # far below what the server would take
 
 
-def test_nobody_there(serve: Serve) -> None:
+def test_nobody_there() -> None:
     gone = JudgeConfig("undecided", ("http://127.0.0.1:9/v1",), "m", attempts=2, backoff_s=0.01)
-    [verdict] = Judge(gone).ask([ASKED])
+    with contextlib.closing(Judge(gone)) as judge:
+        [verdict] = judge.ask([ASKED])
+        assert judge.ask([]) == []
     assert verdict.outcome is Outcome.UNVERIFIED
-    assert Judge(gone).ask([]) == []
+
+
+def test_a_server_that_is_down_is_left_alone_until_it_passes_a_health_check(
+    serve: Serve, judge_of: Any
+) -> None:
+    sick, well = serve(500), serve(RIGHT)
+    sick.health = 500
+    judge = judge_of(sick, well, health_check_s=0.05)
+    outcomes = [verdict.outcome for verdict in judge.ask([ASKED] * 4)]
+    asked, checked = len(sick.requests), sick.checks
+    for _ in range(10):
+        time.sleep(0.02)
+        outcomes += [verdict.outcome for verdict in judge.ask([ASKED])]
+    assert set(outcomes) == {Outcome.CORRECT}
+    assert len(sick.requests) == asked
+    assert sick.checks > checked
+    sick.health, sick.behaviours = 200, [RIGHT]
+    end = time.monotonic() + 30.0
+    while len(sick.requests) == asked:
+        assert time.monotonic() < end
+        judge.ask([ASKED] * 2)
+
+
+def test_questions_that_wait_are_bounded(serve: Serve, judge_of: Any) -> None:
+    judge = judge_of(serve(0.3), concurrency=1, queue=2)
+    *kept, turned_away = judge.ask([ASKED] * 3)
+    assert [verdict.outcome for verdict in kept] == [Outcome.CORRECT] * 2
+    assert turned_away.outcome is Outcome.UNVERIFIED
+    assert turned_away.reason == "judge.queue=2 is full"
+    assert judge.ask([ASKED])[0].outcome is Outcome.CORRECT  # there is room again
+
+
+@pytest.mark.parametrize(
+    ("rule", "replies", "outcome"),
+    [
+        (Outcome.INCORRECT, [RIGHT, RIGHT], Outcome.CORRECT),
+        (Outcome.INCORRECT, [RIGHT, WRONG], Outcome.UNVERIFIED),
+        (Outcome.INCORRECT, [RIGHT, "?"], Outcome.UNVERIFIED),
+        (Outcome.INCORRECT, [WRONG], Outcome.INCORRECT),
+        (Outcome.UNVERIFIED, [RIGHT], Outcome.CORRECT),
+    ],
+)
+def test_a_verdict_against_the_rules_can_want_a_second_one(
+    serve: Serve,
+    judge_of: Any,
+    rule: Outcome,
+    replies: list[str],
+    outcome: Outcome,
+) -> None:
+    server, requests = serve(*replies), len(replies)
+    [verdict] = judge_of(server, second_vote=True).ask([replace(ASKED, rule=rule)])
+    assert verdict.outcome is outcome
+    assert len(server.requests) == requests
+    assert len({request["temperature"] for request in server.requests}) == requests
+
+
+def test_a_judge_that_is_closed_keeps_nobody_waiting(serve: Serve) -> None:
+    judge = Judge(JudgeConfig("undecided", (serve(600.0).url,), "m"))
+    asked = judge.submit(ASKED)
+    judge.close()
+    assert asked.cancelled()
 
 
 @pytest.mark.parametrize(
@@ -209,16 +201,26 @@ def test_who_is_asked(serve: Serve, when: Any, outcomes: list[str], asked: int) 
     texts = [r"\boxed{5}", r"\boxed{6}", r"\boxed{\text{five}}", "no box"]
     answers = [Answer("5", text, stopped=True, question="2+3?") for text in texts]
     config = JudgeConfig(when, (server.url,), "m")
-    with Verifier(VerifierConfig(), config) as verifier:
+    with Verifier(RULES, config) as verifier:
         verdicts = verifier.judge(answers)
     assert [verdict.outcome.value for verdict in verdicts] == outcomes
     assert len(server.requests) == asked
     assert [verdict.by for verdict in verdicts].count("judge") == asked
 
 
+def test_without_a_judge_the_rules_stand() -> None:
+    assert JudgeConfig().when == "not_correct"
+    with Verifier(RULES, JudgeConfig()) as verifier:
+        verdicts = verifier.judge(
+            [Answer("5", rf"\boxed{{{text}}}", stopped=True) for text in ("5", "6", "five")]
+        )
+    assert [v.outcome.value for v in verdicts] == ["correct", "incorrect", "unverified"]
+    assert {verdict.by for verdict in verdicts} == {"rule"}
+
+
 def test_without_an_answer_from_the_judge_the_sample_is_unverified(serve: Serve) -> None:
     config = JudgeConfig("not_correct", (serve(500).url,), "m", attempts=2, backoff_s=0.01)
-    with Verifier(VerifierConfig(), config) as verifier:
+    with Verifier(RULES, config) as verifier:
         [verdict] = verifier.judge([Answer("5", r"\boxed{6}", stopped=True)])
     assert (verdict.outcome, verdict.by) == (Outcome.UNVERIFIED, "judge")
 
@@ -248,7 +250,7 @@ def test_only_a_bounded_end_of_the_response_is_shown_inside_a_fence(serve: Serve
     server = serve(f"It says: {attack}")
     response = "secret thoughts" + "x" * 5000 + attack + r"\boxed{\text{seven}}"
     config = JudgeConfig("undecided", (server.url,), "m", tail_chars=200)
-    with Verifier(VerifierConfig(), config) as verifier:
+    with Verifier(RULES, config) as verifier:
         [verdict] = verifier.judge([Answer("5", response, stopped=True, question="2+3?")])
     assert verdict.outcome is Outcome.UNVERIFIED
     [request] = server.requests

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_oreal.config.schema import SamplingConfig
     from megatron_oreal.models.family import ModelDims
-    from megatron_oreal.rollout.engine import Advance, Request
+    from megatron_oreal.rollout.engine import Advance, Finished, Request
     from megatron_oreal.types import Rollout
     from megatron_oreal.weights.sums import Checksums
     from megatron_oreal.weights.vllm_layout import LiveShard
@@ -33,7 +33,11 @@ class KeepingEngine:
         self.weights: dict[str, torch.Tensor] = {}
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, advance: Advance
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        advance: Advance,
+        finished: Finished,
     ) -> list[Rollout]:
         raise NotImplementedError
 
