@@ -35,7 +35,7 @@ _MAX_PAUSE_S = 30.0
 _TEMPERATURES = (0.0, 0.7)  # of the first vote and of the second, which shall not be its echo
 
 
-class _NoReplyError(RuntimeError):
+class UnfinishedReplyError(RuntimeError):
     """A server answered, but not with a finished reply."""
 
 
@@ -126,7 +126,7 @@ class Judge:
             host = self._hosts.pick(host)
             try:
                 reply = await self._reply(host, asked, temperature)
-            except (openai.OpenAIError, _NoReplyError, TimeoutError, ValueError) as error:
+            except (openai.OpenAIError, UnfinishedReplyError, TimeoutError, ValueError) as error:
                 reason = f"no judge answered: {type(error).__name__}"  # not a server's text
                 continue
             return _verdict(reply, asked, time.monotonic() - started)
@@ -146,7 +146,7 @@ class Judge:
         first = choices[0] if isinstance(choices, list) and choices else None
         content = getattr(getattr(first, "message", None), "content", None)
         if not isinstance(content, str) or getattr(first, "finish_reason", None) != "stop":
-            raise _NoReplyError("not a finished chat completion")
+            raise UnfinishedReplyError("not a finished chat completion")
         return content
 
     def _pause_s(self, asked: JudgeQuestion, attempt: int) -> float:
