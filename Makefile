@@ -31,7 +31,7 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install overlay check test quickstart layouts invariance nightly clean
+.PHONY: help install overlay check test quickstart layouts invariance fuzz nightly clean
 
 help:
 	cat <<'TEXT'
@@ -42,6 +42,7 @@ help:
 	make overlay      Megatron-Core $(NEWER_MEGATRON) beside it, put before the older one by PYTHONPATH=$(OVERLAY)
 	make layouts      two whole iterations on four ranks under each parallel layout
 	make invariance   one batch under every layout of up to four ranks, the numbers into docs/invariance.md
+	make fuzz         ten minutes of random answers against the verifier
 	make nightly      everything, the slow tests too, on both versions of Megatron-Core
 	make clean        removes .venv and .overlay
 
@@ -137,7 +138,10 @@ invariance: $(STAMP) $(OVERLAY_STAMP)
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $$program measure "$$measured/2.json"
 	$$program write docs/invariance.md "$$measured"/*.json
 
-nightly: test layouts
+fuzz: $(STAMP)
+	$(BIN)/python tools/fuzz_verifier.py --minutes 10 --seed $$RANDOM
+
+nightly: test layouts fuzz
 	$(BIN)/pytest tests -m slow
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $(BIN)/pytest tests/parallel -m slow
 

@@ -190,6 +190,15 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
             assert again[name] == pytest.approx(line[name], relative, absolute), name
     assert not {"generate", "verify", "sync"} & replayed.summary["seconds"].keys()
     assert not list((replayed.folder / "recorded").iterdir())
+def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) -> None:
+    for line in trained.train:
+        assert 0 < line["verify/judged_early_share"] <= 1
+        assert 0 <= line["verify/last_wait_s"] <= line["time/verify_s"]
+
+
+def test_an_alarm_is_raised_where_nobody_could_decide(trained: TrainingRun) -> None:
+    told = trained.finished.stdout.count("alarm: nobody could decide")
+    assert told == sum(line["rollout/unverified_alarm"] for line in trained.train)
 
 
 def test_rollout_alone_samples_what_the_first_iteration_of_a_run_sampled(
