@@ -19,14 +19,17 @@ _LIBRARIES = ("megatron-oreal", "megatron-core", "torch", "transformers", "vllm"
 _HARMLESS = (
     *("run.name", "run.folder", "parallel.", "engine.", "rollout."),
     *("evaluation.", "monitor.", "export.", "checkpoint."),
-    *("verifier.workers_per_rank", "verifier.max_unverified_share"),
+    *("verifier.workers_per_rank", "verifier.unverified_alarm_share"),
+    *("judge.hosts", "judge.api_key_variable", "judge.concurrency", "judge.queue"),
+    *("judge.attempts", "judge.backoff_s", "judge.request_deadline_s", "judge.deadline_s"),
+    "judge.health_check_s",
     "data.path",  # the sampler knows its questions by themselves
 )
 _UNUSED: dict[Command, tuple[str, ...]] = {
     "train": ("sft.",),
     "sft": (
         *("data.questions_per_iteration", "data.balance_by_pass_rate", "sampling.", "verifier."),
-        *("oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
+        *("judge.", "oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
         "sft.path",  # the progress of fine-tuning knows its demonstrations by themselves
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-WALL_DEADLINE_S = 20.0
+WALL_DEADLINE_S = 10.0  # the default
 GRACE_S = 0.5
 NEXT = Answer("1/2", box("0.5"), stopped=True)
 
@@ -40,7 +41,9 @@ def test_there_are_enough() -> None:
 @pytest.mark.parametrize(("name", "gold", "response"), WRONG, ids=[row[0] for row in WRONG])
 def test_hostile(verifier: Verifier, canary: Path, name: str, gold: str, response: str) -> None:
     attack = Answer(gold, response.replace("CANARY", str(canary)), stopped=True)
+    before = time.thread_time()
     verdict, after = verifier.judge([attack, NEXT])
+    assert time.thread_time() - before <= GRACE_S  # the trainer's own part: extraction
     assert verdict.outcome is not Outcome.CORRECT, verdict.reason
     assert verdict.seconds <= WALL_DEADLINE_S + GRACE_S
     assert after.outcome is Outcome.CORRECT

@@ -193,7 +193,7 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
 def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) -> None:
     for line in trained.train:
         assert 0 < line["verify/judged_early_share"] <= 1
-        assert 0 <= line["verify/last_wait_s"] <= line["time/verify_s"]
+        assert line["verify/last_wait_s"] >= 0
 
 
 def test_an_alarm_is_raised_where_nobody_could_decide(trained: TrainingRun) -> None:
