@@ -24,9 +24,9 @@ class Judging:
     taken is dealt to all in `judge`.
 
     Attributes:
-        metrics: `verify/last_wait_s`, seconds between the last response and the last verdict, and
-            `verify/judged_early_share`, of the answers that were judged before the last response;
-            over all ranks, known after `judge`.
+        metrics: `time/last_verdict_wait_s`, from the last response to the last verdict, and
+            `throughput/judged_early_share`, of the answers that were judged before the last
+            response; over all ranks, known after `judge`.
     """
 
     def __init__(self, verifier: Verifier, prompts: Sequence[Prompt], n_samples: int) -> None:
@@ -80,8 +80,8 @@ class Judging:
             earlies.append(count)
             verdicts |= share
         self.metrics = {
-            "verify/last_wait_s": max(waits),
-            "verify/judged_early_share": sum(earlies) / max(len(rollouts), 1),
+            "time/last_verdict_wait_s": max(waits),
+            "throughput/judged_early_share": sum(earlies) / max(len(rollouts), 1),
         }
         in_order = (verdicts[index] for index in range(len(rollouts)))
         return [

@@ -15,6 +15,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import sympy
+import sympy.physics.units  # `simplify` does, which runs texts of its own: too late once sealed
 from math_verify import verify
 
 from megatron_oreal.types import Outcome

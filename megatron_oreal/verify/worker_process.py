@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 START_DEADLINE_S = 120.0  # imports from a busy network file system
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH")  # what python itself may need to start
-_LAST_BREATH_S = 1.0  # between the end of the pipe and the end of the process
+_LAST_BREATH_S = 10.0  # between the end of the pipe and the end of the process, on a busy machine
 _CPU_SIGNALS = (signal.SIGPROF, signal.SIGXCPU)
 
 

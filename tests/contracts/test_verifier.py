@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from megatron_oreal.verify.sandbox import WorkerPool
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+TABLE = Path(__file__).parents[1] / "unit" / "verify" / "equivalence.jsonl"
 TOWER = "9^{9^{9^{9}}}"
 DEEP = "(" * 900 + "42" + ")" * 900
 EASY = Pair("42", "42", "exact")
@@ -128,6 +130,13 @@ def test_verdicts_come_in_order_and_progress_counts_to_the_end(verifier: Verifie
         right = n % 3 == 0 and n % 5 > 0
         assert verdict.outcome is (Outcome.CORRECT if right else Outcome.INCORRECT)
     assert seen == [1] * 60
+
+
+def test_the_table_has_the_same_outcomes_in_the_sandbox(verifier: Verifier) -> None:
+    rows = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
+    verdicts = verifier.judge([Answer(row["gold"], row["response"], stopped=True) for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        assert verdict.outcome.value == row["expected"], (row, verdict)
 
 
 def test_no_answers_no_verdicts(verifier: Verifier) -> None:

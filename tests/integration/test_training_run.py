@@ -190,10 +190,12 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
             assert again[name] == pytest.approx(line[name], relative, absolute), name
     assert not {"generate", "verify", "sync"} & replayed.summary["seconds"].keys()
     assert not list((replayed.folder / "recorded").iterdir())
+
+
 def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) -> None:
     for line in trained.train:
-        assert 0 < line["verify/judged_early_share"] <= 1
-        assert line["verify/last_wait_s"] >= 0
+        assert 0 < line["throughput/judged_early_share"] <= 1
+        assert line["time/last_verdict_wait_s"] >= 0
 
 
 def test_an_alarm_is_raised_where_nobody_could_decide(trained: TrainingRun) -> None:

@@ -34,7 +34,7 @@ def judge() -> tuple[list[list[str]], int, float]:
         advanced: list[int] = []
         judged = judging.judge(groups, advanced.append)
     outcomes = [[verdict.outcome.value for verdict in group.verdicts] for group in judged]
-    return outcomes, sum(advanced), judging.metrics["verify/last_wait_s"]
+    return outcomes, sum(advanced), judging.metrics["time/last_verdict_wait_s"]
 
 
 def test_both_ranks_hold_the_same_verdicts_and_the_longest_wait(ranks: RankPools) -> None:

@@ -65,8 +65,8 @@ def test_what_is_judged_before_the_last_response_is_told(verifier: Verifier) -> 
         assert time.monotonic() < end
         time.sleep(0.01)
     judging.judge(asked)
-    assert judging.metrics["verify/judged_early_share"] == pytest.approx(2 / 6)
-    assert 0.0 < judging.metrics["verify/last_wait_s"] < 60.0
+    assert judging.metrics["throughput/judged_early_share"] == pytest.approx(2 / 6)
+    assert 0.0 < judging.metrics["time/last_verdict_wait_s"] < 60.0
 
 
 @pytest.mark.usefixtures("world_of_one")
