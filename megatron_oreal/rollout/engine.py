@@ -37,7 +37,7 @@ class RolloutEngine(Protocol):
         requests: Sequence[Request],
         sampling: SamplingConfig,
         advance: Advance,
-        finished: Finished,
+        finished: Finished = lambda _index, _rollout: None,
     ) -> list[Rollout]:
         """Samples one response a request.
 

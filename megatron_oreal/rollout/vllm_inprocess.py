@@ -96,7 +96,7 @@ class VllmInProcess:
         requests: Sequence[Request],
         sampling: SamplingConfig,
         advance: Advance,
-        finished: Finished,
+        finished: Finished = lambda _index, _rollout: None,
     ) -> list[Rollout]:
         """Samples one response a request; see `RolloutEngine.generate`."""
         budgets = response_budgets(requests, sampling, self._max_total_tokens)

@@ -39,7 +39,7 @@ def probe_engine(
         Request(prompt.tokens, sample_seed(config.run.seed, _ITERATION, prompt.id, sample))
         for sample in range(_RESPONSES_PER_RANK * world_size())
     ]
-    rollouts = engine.generate(requests, sampling, lambda _: None, lambda *_: None)
+    rollouts = engine.generate(requests, sampling, lambda _: None)
     trajectories = [
         Trajectory(
             prompt_id=prompt.id,

@@ -129,9 +129,7 @@ class Case:
 
     def refusals(self) -> None:
         too_long = [Request((3,) * WINDOW, 0)]
-        self.found["too_long"] = refusal(
-            lambda: self.engine.generate(too_long, SAMPLED, print, print)
-        )
+        self.found["too_long"] = refusal(lambda: self.engine.generate(too_long, SAMPLED, print))
         tensors = checkpoint(self.folder / "new")
         del tensors["model.norm.weight"]
         self.found["missing"] = refusal(lambda: self.engine.load_weights(iter(tensors.items())))

@@ -23,7 +23,7 @@ def main(out: Path, settings: list[str]) -> None:
     engine = start_engine(config, texts)
     greedy = replace(config.sampling, temperature=0.0, top_p=1.0)
     requests = [Request(prompt.tokens, 0) for prompt in texts.held_out]
-    rollouts = engine.generate(requests, greedy, lambda _: None, lambda *_: None)
+    rollouts = engine.generate(requests, greedy, lambda _: None)
     answers = [
         {"prompt": request.tokens, "response": rollout.tokens, "text": rollout.text}
         for request, rollout in zip(requests, rollouts, strict=True)
