@@ -74,14 +74,14 @@ class Judging:
         own = {index: verdict.result() for index, verdict in self._verdicts.items()}
         waited = time.monotonic() - started
         verdicts: dict[int, Verdict] = {}
-        waits, earlies = [], []
+        waits, early_counts = [], []
         for seconds, count, share in _exchange((waited, early, own), tuple[float, int, _Share]):
             waits.append(seconds)
-            earlies.append(count)
+            early_counts.append(count)
             verdicts |= share
         self.metrics = {
             "time/last_verdict_wait_s": max(waits),
-            "throughput/judged_early_share": sum(earlies) / max(len(rollouts), 1),
+            "throughput/judged_early_share": sum(early_counts) / max(len(rollouts), 1),
         }
         in_order = (verdicts[index] for index in range(len(rollouts)))
         return [
