@@ -18,6 +18,7 @@ from megatron_oreal.planner.memory import (
     data_parallel,
     element_bytes,
     kv_bytes,
+    model_copies,
 )
 from megatron_oreal.planner.sizes import (
     Dims,
@@ -106,14 +107,15 @@ def plan_duration(
     at_once = int(kv_tokens / (given.prompt_tokens + mean))
     slots = max(1, min(config.rollout.max_sequences, at_once))
     one_pass = _passes(config, dims, cluster, lengths, given)
+    step = STEP + (config.engine.recompute != "none")  # most of a pass lies in what is recomputed
     workers = cluster.ranks * config.verifier.workers_per_rank
     reduced = _gradients(config, dims, cluster, given)
     phases = {
         "generate": decode_seconds(lengths, slots, _Step(config, dims, cluster.gpu, given)),
         "verify": math.ceil(responses / workers) * given.verify_s,
         "reference": one_pass,
-        "token_rm": STEP * one_pass + reduced,
-        "policy": STEP * one_pass + reduced,
+        "token_rm": step * one_pass + reduced,
+        "policy": step * one_pass + reduced,
         "sync": _sync(config, dims, cluster.gpu, given),
     }
     if config.oreal.token_weights.kind == "none":
@@ -205,7 +207,7 @@ def _passes(
     a_token = 2 * matrices + 2 * dims.query_rows * reach * dims.layers
     share = layout.tensor * layout.pipeline * layout.context
     a_stage = a_token * a_batch / share / (cluster.gpu.flops * given.train_share)
-    return (batches + layout.pipeline - 1) * a_stage
+    return (batches + (layout.pipeline - 1) / layout.virtual_pipeline) * a_stage
 
 
 def _trajectories(config: Config, given: Assumptions) -> float:
@@ -220,7 +222,7 @@ def _trajectories(config: Config, given: Assumptions) -> float:
 
 def _gradients(config: Config, dims: Dims, cluster: Cluster, given: Assumptions) -> float:
     """Seconds to sum the gradients over data-parallel ranks and to gather the weights again."""
-    copies, layout = data_parallel(config, cluster.ranks), config.parallel
+    copies, layout = model_copies(config, cluster.ranks), config.parallel
     count = stage_parameters(dims, layout, 0, "vocab")
     nbytes = count * (FP32 + element_bytes(config)) * (copies - 1) / copies
     return nbytes / (cluster.gpu.network * given.network_share)

@@ -86,9 +86,13 @@ def element_bytes(config: Config) -> int:
 
 
 def data_parallel(config: Config, ranks: int) -> int:
-    """How often the ranks hold each model."""
-    layout = config.parallel
-    return ranks // (layout.tensor * layout.pipeline * layout.context)
+    """How many groups of ranks work on micro-batches of their own."""
+    return model_copies(config, ranks) // config.parallel.context
+
+
+def model_copies(config: Config, ranks: int) -> int:
+    """How often the ranks hold each model: context-parallel ranks have copies, too."""
+    return ranks // (config.parallel.tensor * config.parallel.pipeline)
 
 
 def trained_models(config: Config) -> int:
@@ -112,10 +116,10 @@ def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
     engine, kv_tokens = _engine(config, dims, cluster.gpu)
     resident |= engine | {"reserve": RESERVE}
     layer = _layer_activations(config, dims)
-    in_flight = config.parallel.pipeline - stage
     layers = config.parallel.layers_of_stages(dims.layers)[stage]
+    kept = math.ceil(_kept_activations(config, dims) * layers * _in_flight(config, stage))
     # One layer more: what its backward pass holds while it runs.
-    training = {"activations": layer * (layers * in_flight + 1)}
+    training = {"activations": kept + layer}
     scoring = {"activations": 2 * layer}
     last = stage == config.parallel.pipeline - 1
     phases: dict[Phase, Parts] = {
@@ -133,7 +137,7 @@ def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
 def _models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
     """Weights, gradients and optimizer of policy, reference and token_rm."""
     layout, size = config.parallel, element_bytes(config)
-    shards = data_parallel(config, ranks) if layout.distributed_optimizer else 1
+    shards = model_copies(config, ranks) if layout.distributed_optimizer else 1
     # fp32 weights need no copy of theirs.
     state = MOMENTS + (FP32 if config.model.precision == "bf16" else 0)
     heads: tuple[Head, ...] = ("vocab", "scalar")
@@ -148,8 +152,34 @@ def _models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
     }
 
 
+def _in_flight(config: Config, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at a time, all of its layers' or a share.
+
+    Of an interleaved pipeline a virtual stage holds a share of the layers, of more micro-batches.
+    """
+    layout = config.parallel
+    if layout.virtual_pipeline == 1:
+        return layout.pipeline - stage
+    ahead = 2 * (layout.pipeline - stage - 1) + (layout.virtual_pipeline - 1) * layout.pipeline
+    return (ahead + 1) / layout.virtual_pipeline
+
+
+def _kept_activations(config: Config, dims: Dims) -> int:
+    """Bytes that one layer keeps of a micro-batch until its backward pass: less if recomputed."""
+    layout = config.parallel
+    whole = _layer_activations(config, dims)
+    tokens = config.engine.tokens_per_micro_batch / layout.context
+    size = tokens * element_bytes(config)
+    if config.engine.recompute == "selective":
+        return whole - int(4 * dims.ffn / layout.tensor * size)
+    if config.engine.recompute == "full":
+        shared = layout.tensor if layout.sequence_parallel else 1
+        return math.ceil(dims.hidden / shared * size)
+    return whole
+
+
 def _layer_activations(config: Config, dims: Dims) -> int:
-    """Bytes that one layer keeps for its backward pass, of one micro-batch.
+    """Bytes that one layer needs for its backward pass, of one micro-batch.
 
     A token keeps 4 h (residual and normed input of both halves), q, k, v and the attention's
     output, and 4 f: gate and up, silu(gate), and the product that the last projection reads.

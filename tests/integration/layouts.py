@@ -34,11 +34,12 @@ class Layout:
     pipeline: int
     engine_tensor: int
     questions: int
+    context: int = 1
 
     @property
     def name(self) -> str:
-        data = RANKS // (self.tensor * self.pipeline)
-        sides = {"tp": self.tensor, "pp": self.pipeline, "dp": data}
+        data = RANKS // (self.tensor * self.pipeline * self.context)
+        sides = {"tp": self.tensor, "pp": self.pipeline, "cp": self.context, "dp": data}
         train = " ".join(f"{side}{size}" for side, size in sides.items() if size > 1)
         return f"{train}, engine tp{self.engine_tensor}"
 
@@ -51,6 +52,7 @@ LAYOUTS = (
     Layout(tensor=2, pipeline=1, engine_tensor=2, questions=8),
     Layout(tensor=1, pipeline=2, engine_tensor=1, questions=3),  # fewer than engines
     Layout(tensor=2, pipeline=2, engine_tensor=4, questions=8),
+    Layout(tensor=2, pipeline=1, engine_tensor=2, questions=8, context=2),
 )
 
 
@@ -63,6 +65,7 @@ def run_layout(root: Path, model: Path, layout: Layout) -> dict[str, Any]:
         model,
         parallel__tensor=layout.tensor,
         parallel__pipeline=layout.pipeline,
+        parallel__context=layout.context,
         rollout__tensor_parallel=layout.engine_tensor,
         data__questions_per_iteration=layout.questions,
         schedule__iterations=2,

@@ -79,6 +79,11 @@ def test_layout_that_does_not_divide_the_world() -> None:
     )
 
 
+def test_interleaving_needs_a_pipeline() -> None:
+    with pytest.raises(UserError, match=r"^parallel\.virtual_pipeline=2: there is no pipeline to"):
+        config("parallel.virtual_pipeline=2")
+
+
 def test_engine_that_does_not_divide_the_world() -> None:
     with pytest.raises(UserError, match=r"^rollout\.tensor_parallel=4: does not divide WORLD_SIZE"):
         check_layout(config("rollout.tensor_parallel=4"), world_size=2)

@@ -87,6 +87,33 @@ def test_memory_of_the_7b_recipe_by_hand() -> None:
     assert kv_bytes(recipe("oreal_7b"), QWEN_7B) == 2 * 28 * 2 * 128 * 2
 
 
+def test_activations_of_other_layouts_by_hand() -> None:
+    """A layer of the recipe above needs 16,384 x (4 h + 2 (q + kv) + 4 f) / 4 x 2 bytes."""
+    elements = 4 * 3584 + 2 * 3584 + 2 * 512 + 4 * 18_944
+    layer = 16_384 * elements * 2 // 4
+    mlp, residual = 16_384 * 18_944 * 2, 16_384 * 3584 * 2 // 4
+
+    def activations(*overrides: str) -> int:
+        found = plan_memory(recipe("oreal_7b", *overrides), QWEN_7B, A100)
+        return found.phases["policy"]["activations"]
+
+    assert activations("engine.recompute=selective") == 28 * (layer - mlp) + layer
+    assert activations("engine.recompute=full") == 28 * residual + layer
+    assert activations("parallel.context=2") == 29 * layer // 2
+    # The first of two stages of 14 layers has two micro-batches in flight; interleaved by two, five
+    # of seven layers each.
+    assert activations("parallel.pipeline=2") == 29 * layer
+    interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    assert activations(*interleaved) == 14 * 5 * layer // 2 + layer
+
+
+def test_context_parallel_ranks_share_the_optimizer() -> None:
+    plain, shared = (
+        plan_memory(recipe("oreal_7b", f"parallel.context={cp}"), QWEN_7B, A100) for cp in (1, 2)
+    )
+    assert plain.phases["policy"]["optimizer"] == shared.phases["policy"]["optimizer"]
+
+
 def test_a_run_without_a_token_reward_model_holds_one_model_less() -> None:
     whole = plan_memory(recipe("oreal_7b"), QWEN_7B, A100)
     without = plan_memory(recipe("oreal_7b_no_token_rm"), QWEN_7B, A100)
