@@ -19,8 +19,8 @@ from megatron_oreal.parallel.collectives import (
     stop_world,
     world_rank,
 )
-from megatron_oreal.rollout.weight_sync import Checksums
 from megatron_oreal.trainer.setup import training_run
+from megatron_oreal.weights.sums import Checksums
 
 
 def digest(checksums: Checksums) -> str:
@@ -41,10 +41,13 @@ def main(out: Path, settings: list[str]) -> None:
     with training_run(config) as run:
         assert run.evaluator is not None
         assert run.loop.weight_sync is not None
-        start = same_everywhere(digest(run.loop.weight_sync.push()))
+        run.loop.weight_sync.push(check=True)
+        policy_sums = run.source.stream(run.loop.policy).checksums
+        start = same_everywhere(digest(policy_sums()))
         for iteration in range(config.schedule.iterations):
             run.loop.iterate(iteration)
-        end = same_everywhere(digest(run.loop.weight_sync.push()))
+        run.loop.weight_sync.push(check=True)
+        end = same_everywhere(digest(policy_sums()))
         # Greedy answers are one a question: where these are few, some engine has nothing to do.
         evaluation, _ = run.evaluator.evaluate(lambda _: None)
         metrics = run.journal.folder.metrics
