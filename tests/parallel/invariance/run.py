@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,7 @@ def degrees_of(layout: Layout) -> dict[str, int]:
 
 def see_all(folder: Path, layouts: Sequence[Layout]) -> list[Seen]:
     """Collective over the world."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # else it is told of each model it builds
     return [see(folder, layout) for layout in layouts]
 
 
