@@ -59,6 +59,12 @@ rank; the model's weights are checked to be what the optimizer wrote, rounded, i
 """
 
 
+CUT_OFF = """The run was cut off. What is missing are further combinations of micro-batches,
+recomputation and optimizer: a shape has nine layouts in fp32, one of them tied, and one in bf16.
+
+"""
+
+
 def measured(rows: Iterable[tuple[Layout, dict[str, Differences]]], seconds: float) -> Measured:
     """Adds what it was measured on."""
     return {
@@ -110,6 +116,8 @@ def document(all_found: Sequence[Measured]) -> str:
         columns = _columns()
         rows = [columns, ["---"] * len(columns), *_cells(found)]
         text += f"\n## {_title(found)}\n\n"
+        if len(found["rows"]) < len(full_product()):
+            text += CUT_OFF
         text += "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     return text
 
