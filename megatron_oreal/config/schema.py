@@ -65,17 +65,6 @@ class ParallelConfig:
         ends = ("first_stage_layers", "last_stage_layers")
         at_least(self, 1, *(key for key in ends if getattr(self, key) is not None))
 
-    def layers_of_stages(self, layers: int) -> tuple[int, ...]:
-        """Returns how many of a model's layers each pipeline stage holds, the first one first.
-
-        They add up to `layers` where `validate.check_model` accepts the layout.
-        """
-        ends = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
-        given = {stage: held for stage, held in ends.items() if held is not None}
-        others = self.pipeline - len(given)
-        share = (layers - sum(given.values())) // others if others else 0
-        return tuple(given.get(stage, share) for stage in range(self.pipeline))
-
 
 @dataclass(frozen=True)
 class EngineConfig:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_oreal.config.checks import require
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.stages import layers_of_stages
 
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import Config
@@ -66,19 +67,40 @@ def check_engines(config: Config, world_size: int) -> None:
     )
 
 
-def check_model(config: Config, *, heads: int, kv_heads: int, layers: int, vocab: int) -> None:
-    """Checks that Megatron's and vLLM's layouts can cut this model.
+class ModelSizes(Protocol):
+    """What of a model decides which layouts can cut it.
 
-    Args:
-        config: the whole config.
+    Attributes:
         heads: query heads of a layer.
         kv_heads: key-value heads of a layer; fewer than the tensor degree are held in copies.
+        head_dim: rows of a head.
+        ffn: rows of a layer's gate and of its up projection.
         layers: transformer layers.
         vocab: rows of the embedding, before any padding.
+    """
+
+    @property
+    def heads(self) -> int: ...  # noqa: D102  in the class's docstring
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def ffn(self) -> int: ...  # noqa: D102
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def vocab(self) -> int: ...  # noqa: D102
+
+
+def check_model(config: Config, model: ModelSizes) -> None:
+    """Checks that Megatron's and vLLM's layouts can cut this model.
 
     Raises:
         UserError: naming the degree and the size that it does not divide.
     """
+    heads, kv_heads, vocab = model.heads, model.kv_heads, model.vocab
+    qkv_rows = (heads + 2 * kv_heads) * model.head_dim
     tensor = {
         "parallel.tensor": config.parallel.tensor,
         "rollout.tensor_parallel": config.rollout.tensor_parallel,
@@ -91,7 +113,12 @@ def check_model(config: Config, *, heads: int, kv_heads: int, layers: int, vocab
         require(whole, key, degree, f"{fix}; set one that is")
         fix = f"more than the model's {vocab} vocabulary rows; set it lower"
         require(degree <= vocab, key, degree, fix)
-    _check_stages(config, layers)
+        fix = f"does not divide the model's {model.ffn} feed-forward rows; set a divisor of it"
+        require(model.ffn % degree == 0, key, degree, fix)
+    degree = config.parallel.tensor
+    fix = f"does not divide the {qkv_rows} rows of query, keys and values; set a divisor of it"
+    require(qkv_rows % degree == 0, "parallel.tensor", degree, fix)
+    _check_stages(config, model.layers)
 
 
 def _check_stages(config: Config, layers: int) -> None:
@@ -104,7 +131,7 @@ def _check_stages(config: Config, layers: int) -> None:
     if not given:
         fix = f"does not divide the model's {layers} layers; set a divisor of it"
         require(layers % parallel.pipeline == 0, "parallel.pipeline", parallel.pipeline, fix)
-    held = parallel.layers_of_stages(layers)
+    held = layers_of_stages(parallel, layers)
     fits = not given or (parallel.pipeline > 1 and min(held) > 0 and sum(held) == layers)
     fix = f"stages with {given} cannot share out the model's {layers} layers; change one of these"
     require(fits, "parallel.pipeline", parallel.pipeline, fix)

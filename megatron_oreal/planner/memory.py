@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.planner.hardware import GIB
 from megatron_oreal.planner.sizes import (
     Dims,
@@ -116,7 +117,7 @@ def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
     engine, kv_tokens = _engine(config, dims, cluster.gpu)
     resident |= engine | {"reserve": RESERVE}
     layer = _layer_activations(config, dims)
-    layers = config.parallel.layers_of_stages(dims.layers)[stage]
+    layers = layers_of_stages(config.parallel, dims.layers)[stage]
     kept = math.ceil(_kept_activations(config, dims) * layers * _in_flight(config, stage))
     # One layer more: what its backward pass holds while it runs.
     training = {"activations": kept + layer}

@@ -118,9 +118,7 @@ def nearest_that_fit(config: Config, dims: Dims, cluster: Cluster) -> list[Confi
 
 def _check(config: Config, dims: Dims, ranks: int) -> None:
     check_layout(config, ranks)
-    check_model(
-        config, heads=dims.heads, kv_heads=dims.kv_heads, layers=dims.layers, vocab=dims.vocab
-    )
+    check_model(config, dims)
 
 
 def _is_valid(config: Config, dims: Dims, ranks: int) -> bool:

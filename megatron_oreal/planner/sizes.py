@@ -5,29 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from megatron_oreal.config.stages import layers_of_stages
+from megatron_oreal.config.validate import ModelSizes
+
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import ParallelConfig
 
 Head = Literal["vocab", "scalar"]
 
 
-class Dims(Protocol):
+class Dims(ModelSizes, Protocol):
     """The dimensions of a dense decoder, as `models.family.ModelDims` has them."""
 
     @property
-    def layers(self) -> int: ...  # noqa: D102
-    @property
     def hidden(self) -> int: ...  # noqa: D102
-    @property
-    def heads(self) -> int: ...  # noqa: D102
-    @property
-    def kv_heads(self) -> int: ...  # noqa: D102
-    @property
-    def head_dim(self) -> int: ...  # noqa: D102
-    @property
-    def ffn(self) -> int: ...  # noqa: D102
-    @property
-    def vocab(self) -> int: ...  # noqa: D102
     @property
     def tied_embeddings(self) -> bool: ...  # noqa: D102
     @property
@@ -64,7 +55,7 @@ def parameters(dims: Dims) -> int:
 def stage_parameters(dims: Dims, layout: ParallelConfig, stage: int, head: Head) -> int:
     """Parameters on one rank of a pipeline stage of a model with this head."""
     tensor = layout.tensor
-    count = layout.layers_of_stages(dims.layers)[stage] * layer_parameters(dims, tensor)
+    count = layers_of_stages(layout, dims.layers)[stage] * layer_parameters(dims, tensor)
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
         count += vocabulary_parameters(dims, tensor)

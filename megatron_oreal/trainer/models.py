@@ -108,13 +108,7 @@ def open_source(config: Config) -> ModelSource:
     check_layout(config, world_size())
     with agree():
         family, dims = read_model(config.model.path)
-        check_model(
-            config,
-            heads=dims.heads,
-            kv_heads=dims.kv_heads,
-            layers=dims.layers,
-            vocab=dims.vocab,
-        )
+        check_model(config, dims)
     layout = config.parallel
     place = topology.initialize(
         layout.tensor,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.config.validate import check_engines, check_layout, check_model
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.weights.layout import MegatronPlace, hf_regions, megatron_regions
@@ -87,7 +88,7 @@ class MegatronLayout:
     def _layers(self, stage: int) -> list[int]:
         """Returns a stage's layers: one block of them for each virtual stage, interleaved."""
         virtual = self.parallel.virtual_pipeline
-        blocks = [held // virtual for held in self.parallel.layers_of_stages(self.dims.layers)]
+        blocks = [held // virtual for held in layers_of_stages(self.parallel, self.dims.layers)]
         starts = [turn * sum(blocks) + sum(blocks[:stage]) for turn in range(virtual)]
         return [layer for start in starts for layer in range(start, start + blocks[stage])]
 
@@ -154,9 +155,7 @@ def plan_of_run(
     check_layout(config, ranks)
     check_engines(config, rollout_ranks)
     family, dims = read_model(config.model.path)
-    check_model(
-        config, heads=dims.heads, kv_heads=dims.kv_heads, layers=dims.layers, vocab=dims.vocab
-    )
+    check_model(config, dims)
     return plan_sync(
         MegatronLayout(family, dims, ranks, config.parallel),
         config.rollout.tensor_parallel,

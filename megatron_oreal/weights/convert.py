@@ -172,14 +172,7 @@ def _cut(
     family: Family, dims: ModelDims, specs: Sequence[TensorSpec], parallel: ParallelConfig
 ) -> dict[str, list[StoredBox]]:
     """Returns the boxes of each rank's file."""
-    heads, kv_heads = dims.heads, dims.kv_heads
-    check_model(
-        Config(parallel=parallel),
-        heads=heads,
-        kv_heads=kv_heads,
-        layers=dims.layers,
-        vocab=dims.vocab,
-    )
+    check_model(Config(parallel=parallel), dims)
     ranks = parallel.tensor * parallel.pipeline
     stores = MegatronLayout(family, dims, ranks, parallel).stores
     return {

@@ -281,9 +281,8 @@ def measure(bench: Bench, repeats: int) -> dict[str, float | str]:
 
 def check(config: Config, dims: ModelDims) -> None:
     """Refuses layouts that do not fill these ranks or cannot cut the model."""
-    heads, kv_heads = dims.heads, dims.kv_heads
     check_layout(config, world_size())
-    check_model(config, heads=heads, kv_heads=kv_heads, layers=dims.layers, vocab=dims.vocab)
+    check_model(config, dims)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,9 +35,7 @@ def test_recipe_is_valid_on_its_cluster(name: str) -> None:
     config = recipe(name)
     check_layout(config, RANKS[name.removesuffix(WITHOUT)])
     _, dims = read_model(ROOT / config.model.path)
-    check_model(
-        config, heads=dims.heads, kv_heads=dims.kv_heads, layers=dims.layers, vocab=dims.vocab
-    )
+    check_model(config, dims)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,15 +1,29 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
+from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.config.validate import check_layout, check_model
 
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import Config
+
+
+@dataclass
+class Sizes:
+    """Of a model that few layouts can cut."""
+
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 4
+    ffn: int = 60
+    layers: int = 3
+    vocab: int = 100
 
 
 def config(*overrides: str) -> Config:
@@ -101,6 +115,7 @@ def test_engine_that_does_not_divide_the_world() -> None:
             ["parallel.tensor=3"],
             "parallel.tensor=3: neither divides the model's 2 key-value heads nor is a multiple",
         ),
+        (["parallel.tensor=6"], "parallel.tensor=6: does not divide the 40 rows of query, keys"),
         (["parallel.pipeline=2"], "parallel.pipeline=2: does not divide the model's 3 layers"),
         (
             ["parallel.pipeline=3", "parallel.virtual_pipeline=2"],
@@ -124,7 +139,7 @@ def test_engine_that_does_not_divide_the_world() -> None:
 )
 def test_model_that_the_layout_cannot_cut(overrides: list[str], start: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_model(config(*overrides), heads=6, kv_heads=2, layers=3, vocab=100)
+        check_model(config(*overrides), Sizes())
     assert str(caught.value).startswith(start)
 
 
@@ -138,9 +153,9 @@ def test_the_ends_of_a_pipeline_may_hold_other_numbers_of_layers(
     ends = [f"parallel.first_stage_layers={first or 'null'}"]
     ends.append(f"parallel.last_stage_layers={last or 'null'}")
     layout = config("parallel.pipeline=4", *ends)
-    assert layout.parallel.layers_of_stages(10) == stages
-    check_model(layout, heads=6, kv_heads=2, layers=10, vocab=100)
+    assert layers_of_stages(layout.parallel, 10) == stages
+    check_model(layout, Sizes(layers=10))
 
 
 def test_key_value_heads_may_be_copied() -> None:
-    check_model(config("parallel.tensor=6"), heads=6, kv_heads=2, layers=3, vocab=100)
+    check_model(config("parallel.tensor=6"), Sizes(head_dim=6))

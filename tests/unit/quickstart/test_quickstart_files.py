@@ -61,7 +61,7 @@ def test_gold_answers_are_the_values(data: Path) -> None:
         assert question["gold_answer"] == str(value(question["question"]))
 
 
-def test_steps_follow_from_each_other_and_one_in_five_is_off_by_one(data: Path) -> None:
+def test_steps_follow_from_each_other_and_one_in_four_is_off_by_one(data: Path) -> None:
     errors = []
     for demonstration in lines(data / "sft.jsonl"):
         *steps, boxed = demonstration["response"].split(";")
@@ -75,7 +75,7 @@ def test_steps_follow_from_each_other_and_one_in_five_is_off_by_one(data: Path) 
         assert left[1:] == results[:-1]
         assert boxed == f"\\boxed{{{results[-1]}}}"
     assert set(errors) == {-1, 0, 1}
-    assert 0.15 < sum(map(abs, errors)) / len(errors) < 0.25
+    assert 0.2 < sum(map(abs, errors)) / len(errors) < 0.3
 
 
 def test_a_worked_example() -> None:

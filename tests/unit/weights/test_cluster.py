@@ -12,6 +12,7 @@ import torch
 
 from megatron_oreal.cli import main
 from megatron_oreal.config.schema import ParallelConfig
+from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.qwen2 import QWEN2
 from megatron_oreal.weights.cluster import MegatronLayout, plan_sync
@@ -123,7 +124,7 @@ def test_parameters_are_those_of_shards_cut_by_hand(
 ) -> None:
     cut = ParallelConfig(tensor=tensor, pipeline=pipeline, first_stage_layers=first)
     layout = MegatronLayout(QWEN2, dims, tensor * pipeline, cut)
-    stages = cut.layers_of_stages(dims.layers)
+    stages = layers_of_stages(cut, dims.layers)
     for stage in range(pipeline):
         shapes = layout.shapes(stage)
         place = MegatronPlace(0, tensor, sum(stages[:stage]))
