@@ -149,7 +149,11 @@ def _judge(
             own &= ~unknown
         kept |= own
         advantage[own] = _advantages(cfg.shaping, reward[own])
-    metrics = _rollout_metrics(answers) | {"rollout/dropped_groups": float(dropped)}
+    alarm = unknown.double().mean() > verifier.unverified_alarm_share
+    metrics = _rollout_metrics(answers) | {
+        "rollout/dropped_groups": float(dropped),
+        "rollout/unverified_alarm": float(alarm),
+    }
     return reward, advantage, kept, metrics
 
 
