@@ -31,8 +31,9 @@ from megatron_oreal.rollout.groups import build_requests
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
+from megatron_oreal.trainer.probe import unjudged
 from megatron_oreal.trainer.setup import read_texts, start_engine
-from megatron_oreal.types import PackedBatch, Prompt, Trajectory
+from megatron_oreal.types import PackedBatch, Prompt
 from megatron_oreal.weights.bridge import HfStream
 from megatron_oreal.weights.sums import Checksums
 
@@ -129,17 +130,7 @@ def _probe(source: ModelSource, engine: RolloutEngine, prompts: Sequence[Prompt]
     config = source.config
     requests = build_requests(prompts, 1, config.run.seed, iteration=0)
     rollouts = engine.generate(requests, config.sampling, lambda _: None)
-    trajectories = [
-        Trajectory(
-            prompt_id=prompt.id,
-            tokens=prompt.tokens + rollout.tokens,
-            prompt_length=len(prompt.tokens),
-            reward=0.0,
-            advantage=0.0,
-            rollout_logprobs=rollout.logprobs,
-        )
-        for prompt, rollout in zip(prompts, rollouts, strict=True)
-    ]
+    trajectories = [unjudged(*answered) for answered in zip(prompts, rollouts, strict=True)]
     tokens = config.engine.tokens_per_micro_batch
     return Packer.for_layout(source.topology, tokens).pack(trajectories)
 

@@ -16,7 +16,7 @@ from megatron_oreal.parallel.collectives import world_size
 from megatron_oreal.rollout.engine import Request, RolloutEngine
 from megatron_oreal.rollout.seeds import sample_seed
 from megatron_oreal.trainer.packer import Packer
-from megatron_oreal.types import Prompt, Trajectory
+from megatron_oreal.types import Prompt, Rollout, Trajectory
 
 _RESPONSES_PER_RANK = 4  # at least one of every engine
 _TOKENS = 32  # of a response
@@ -40,19 +40,21 @@ def probe_engine(
         for sample in range(_RESPONSES_PER_RANK * world_size())
     ]
     rollouts = engine.generate(requests, sampling, lambda _: None)
-    trajectories = [
-        Trajectory(
-            prompt_id=prompt.id,
-            tokens=prompt.tokens + rollout.tokens,
-            prompt_length=len(prompt.tokens),
-            reward=0.0,
-            advantage=0.0,
-            rollout_logprobs=rollout.logprobs,
-        )
-        for rollout in rollouts
-    ]
+    trajectories = [unjudged(prompt, rollout) for rollout in rollouts]
     logprobs = policy.logprobs(packer.pack(trajectories)).logprobs
     return check_difference(logprobs, trajectories, config)
+
+
+def unjudged(prompt: Prompt, rollout: Rollout) -> Trajectory:
+    """Returns what the policy scores of a response that nobody judges; pure."""
+    return Trajectory(
+        prompt_id=prompt.id,
+        tokens=prompt.tokens + rollout.tokens,
+        prompt_length=len(prompt.tokens),
+        reward=0.0,
+        advantage=0.0,
+        rollout_logprobs=rollout.logprobs,
+    )
 
 
 def check_difference(
