@@ -120,7 +120,15 @@ def runs(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(ranks, tmp_path_factory.mktemp("invariance"))
 
 
-@pytest.mark.parametrize("layout", COVERING, ids=str)
+# The order of trajectories decides which of them share a rank and a micro-batch.
+BACKWARDS = [
+    Layout(backwards=True),
+    Layout(dp=2, tight=True, backwards=True),
+    Layout(pp=2, cp=2, tight=True, backwards=True),
+]
+
+
+@pytest.mark.parametrize("layout", COVERING + BACKWARDS, ids=str)
 def test_a_layout_changes_no_number(runs: Runs, layout: Layout) -> None:
     found = compare(runs.folder(layout), runs(layout), runs.plain(layout))
     bounds = bounds_of(layout)

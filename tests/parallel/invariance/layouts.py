@@ -20,8 +20,9 @@ class Layout:
 
     `tight` is a micro-batch budget that holds a trajectory or a few, else one micro-batch holds
     all; it may be `filled` up with padding. `recompute` says which activations are computed again:
-    of whole layers, of MLPs, or none. Two choices are the model's: whether its embeddings are
-    `tied`, and its precision; the bands of bf16 are wider.
+    of whole layers, of MLPs, or none. `backwards` hands the trajectories over in the opposite
+    order. Two choices are the model's: whether its embeddings are `tied`, and its precision; the
+    bands of bf16 are wider.
     """
 
     tp: int = 1
@@ -32,6 +33,7 @@ class Layout:
     sequence_parallel: bool = False
     tight: bool = False
     filled: bool = False
+    backwards: bool = False
     recompute: Recompute = "none"
     distributed_optimizer: bool = False
     tied: bool = False
@@ -58,6 +60,7 @@ class Layout:
             "tied": self.tied,
             "micro-batches": self.tight,
             "filled up": self.filled,
+            "backwards": self.backwards,
             f"{self.recompute} recomputation": self.recompute != "none",
             "distributed optimizer": self.distributed_optimizer,
         }

@@ -89,21 +89,32 @@ def see_all(folder: Path, layouts: Sequence[Layout]) -> list[Seen]:
 
 def see(folder: Path, layout: Layout) -> Seen:
     """Trains policy and token_rm from the same start; collective over the world."""
+    turn = -1 if layout.backwards else 1
     trajectories = replay(folder / "recorded")
+    weights = drawn_weights(trajectories)[::turn]
+    trajectories = trajectories[::turn]
     batch = pack(trajectories, budget_of(layout))
     reference = make_reference(open_models(config_of(folder / "reference", layout)))
     anchors = reference.logprobs(batch).logprobs
-    fields = objectives.policy_fields(trajectories, drawn_weights(trajectories), anchors)
+    fields = objectives.policy_fields(trajectories, weights, anchors)
     batch = batch.with_fields(**fields)
     source = open_models(config_of(folder / "policy", layout))
     policy, token_rm = make_policy(source), make_token_rm(source)
     eq_11 = objectives.policy_objective(OREAL, *objectives.count_tokens(trajectories))
     eq_12 = objectives.token_rm_objective(len(trajectories))
-    return Seen(
-        anchors,
+    trained = [
         _train(source.stored(policy.model), lambda: policy.step(batch, eq_11, LEARNING_RATE)),
         _train(source.stored(token_rm.model), lambda: token_rm.step(batch, eq_12, LEARNING_RATE)),
-    )
+    ]
+    return Seen(anchors[::turn], *(t._replace(steps=_turned(t.steps, turn)) for t in trained))
+
+
+def _turned(steps: list[Any], turn: int) -> list[Any]:
+    """The steps with what they hold of each trajectory in the record's order."""
+    return [
+        step._replace(**{k: v[::turn] for k, v in step._asdict().items() if isinstance(v, list)})
+        for step in steps
+    ]
 
 
 def config_of(model: Path, layout: Layout) -> Config:
