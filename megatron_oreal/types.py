@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+Advance = Callable[[int], None]
+"""Told how much more of a phase is done (requests, answers, micro-batches); local to a rank."""
+
+
+def advance_nothing(_: int) -> None:
+    """Shows no progress."""
 
 
 class Outcome(StrEnum):

@@ -317,6 +317,19 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Iterations whose time and memory are looked into."""
+
+    iterations: tuple[int, ...] = ()
+    phases: tuple[str, ...] = ("token_rm", "reference", "policy", "sync")
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        ok = all(iteration >= 0 for iteration in self.iterations)
+        require(ok, "iterations", list(self.iterations), "iterations count from 0")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What a run resumes from: how often it is written, how much is kept, what may change."""
 
@@ -385,6 +398,7 @@ class Config:
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     sft: SftConfig = field(default_factory=SftConfig)

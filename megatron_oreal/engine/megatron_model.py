@@ -30,7 +30,7 @@ from megatron_oreal.models.family import ModelDims
 from megatron_oreal.parallel.collectives import all_reduce_sum
 from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
 from megatron_oreal.parallel.topology import Topology
-from megatron_oreal.types import PackedBatch
+from megatron_oreal.types import Advance, PackedBatch, advance_nothing
 
 
 class HeadResult(NamedTuple):
@@ -167,20 +167,28 @@ class MegatronModel:
         with cuda_on_cpu():
             set_steps_taken(self._optimizer, steps)
 
-    def infer(self, batch: PackedBatch, head: Head) -> dict[str, list[torch.Tensor]]:
+    def infer(
+        self, batch: PackedBatch, head: Head, advance: Advance = advance_nothing
+    ) -> dict[str, list[torch.Tensor]]:
         """Runs the batch forward and returns every trajectory's per-token values on every rank.
 
-        Collective over the world.
+        Collective over the world. `advance` is told of this rank's micro-batches as they start.
         """
         with torch.no_grad():
-            records = self._run(batch, head, forward_only=True)
+            records = self._run(batch, head, advance, forward_only=True)
         return self._spread(batch, head.names, records)
 
-    def step(self, batch: PackedBatch, head: Head, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batch: PackedBatch,
+        head: Head,
+        learning_rate: float,
+        advance: Advance = advance_nothing,
+    ) -> StepResult:
         """Runs the batch forward and backward and updates the weights once, if all is finite.
 
         Collective over the world, whose ranks all update or all refuse to. The values returned are
-        those of the forward pass before the update.
+        those of the forward pass before the update. `advance`: see `infer`.
         """
         assert self._optimizer is not None, "a frozen model takes no step"
         set_learning_rate(self._optimizer, learning_rate)
@@ -189,7 +197,7 @@ class MegatronModel:
                 assert isinstance(stage, DistributedDataParallel)
                 stage.zero_grad_buffer()
             self._optimizer.zero_grad()
-        records = self._run(batch, head, forward_only=False)
+        records = self._run(batch, head, advance, forward_only=False)
         per_token = self._spread(batch, head.names, records)
         loss = sum((record.loss.cpu() for record in records), start=torch.zeros(()))
         if not self.topology.reports_scores:
@@ -204,7 +212,9 @@ class MegatronModel:
                 self._optimizer.step()
         return StepResult(per_token, total, grad_norm, refused)
 
-    def _run(self, batch: PackedBatch, head: Head, *, forward_only: bool) -> list[_Record]:
+    def _run(
+        self, batch: PackedBatch, head: Head, advance: Advance, *, forward_only: bool
+    ) -> list[_Record]:
         """Sends this data-parallel rank's micro-batches through the pipeline.
 
         Collective over the ranks that share the model; records come on its last stage.
@@ -217,7 +227,11 @@ class MegatronModel:
         with cuda_on_cpu():
             return get_forward_backward_func()(
                 forward_step_func=functools.partial(_forward_step, head=head),
-                data_iterator=[iter(micro_batches) for _ in self._wrapped],
+                # A rank's first stage has a micro-batch before its later ones.
+                data_iterator=[
+                    _told(micro_batches, advance_nothing if later else advance)
+                    for later in range(len(self._wrapped))
+                ],
                 model=list(self._wrapped),
                 num_microbatches=len(micro_batches),
                 # Megatron divides it by the context-parallel size.
@@ -243,6 +257,12 @@ class MegatronModel:
                     values[record.slots] = record.per_token[name].float().cpu()
             spread[name] = list(all_reduce_sum(values).split(lengths))
         return spread
+
+
+def _told(micro_batches: Sequence[MicroBatch], advance: Advance) -> Iterator[MicroBatch]:
+    for micro_batch in micro_batches:
+        yield micro_batch
+        advance(1)
 
 
 def not_finite(

@@ -13,7 +13,7 @@ from megatron_oreal.engine.megatron_model import Load, MegatronModel
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.heads import Objective
 from megatron_oreal.parallel.topology import Topology
-from megatron_oreal.types import PackedBatch
+from megatron_oreal.types import Advance, PackedBatch, advance_nothing
 
 
 class PolicyStep(NamedTuple):
@@ -53,9 +53,9 @@ class Reference:
         chunk_tokens = config.engine.head_chunk_tokens
         self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, chunk_tokens)
 
-    def logprobs(self, batch: PackedBatch) -> PolicyStep:
+    def logprobs(self, batch: PackedBatch, advance: Advance = advance_nothing) -> PolicyStep:
         """Scores every response token forward only; collective over the world."""
-        values = self.model.infer(batch, self._head)
+        values = self.model.infer(batch, self._head, advance)
         return PolicyStep(values["logprobs"], values["entropy"], loss=0.0, grad_norm=0.0)
 
 
@@ -73,10 +73,16 @@ class Policy(Reference):
         self._trainable = optimizer
         super().__init__(dims, config, topology, load)
 
-    def step(self, batch: PackedBatch, objective: Objective, learning_rate: float) -> PolicyStep:
+    def step(
+        self,
+        batch: PackedBatch,
+        objective: Objective,
+        learning_rate: float,
+        advance: Advance = advance_nothing,
+    ) -> PolicyStep:
         """Takes one step down the objective of every response token; collective over the world."""
         head = replace(self._head, objective=objective)
-        result = self.model.step(batch, head, learning_rate)
+        result = self.model.step(batch, head, learning_rate, advance)
         values = result.per_token
         return PolicyStep(
             values["logprobs"],
@@ -101,14 +107,18 @@ class TokenRewardModel:
         return self.model.infer(batch, self._head)["scores"]
 
     def step(
-        self, batch: PackedBatch, objective: SequenceObjective, learning_rate: float
+        self,
+        batch: PackedBatch,
+        objective: SequenceObjective,
+        learning_rate: float,
+        advance: Advance = advance_nothing,
     ) -> TokenRewardStep:
         """Takes one step down the objective of each trajectory's mean score.
 
         Collective over the world.
         """
         head = replace(self._head, objective=objective)
-        result = self.model.step(batch, head, learning_rate)
+        result = self.model.step(batch, head, learning_rate, advance)
         return TokenRewardStep(
             result.per_token["scores"],
             loss=result.loss,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Kind = Literal["train", "eval"]
+MEASURED = ("time/", "throughput/", "memory/")
+"""Prefixes of what clocks and gauges say: two runs that are alike differ in these alone."""
 NON_FINITE = frozenset({"nan", "inf", "-inf"})
 
 

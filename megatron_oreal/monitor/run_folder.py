@@ -86,6 +86,11 @@ class RunFolder:
         return self.root / "hf"
 
     @property
+    def profile(self) -> Path:
+        """Traces of single iterations, one folder an iteration."""
+        return self.root / "profile"
+
+    @property
     def summary(self) -> Path:
         """The result of the run."""
         return self.root / "summary.json"

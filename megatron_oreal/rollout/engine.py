@@ -10,12 +10,9 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_oreal.config.schema import SamplingConfig
-    from megatron_oreal.types import Rollout
+    from megatron_oreal.types import Advance, Rollout
     from megatron_oreal.weights.sums import Checksums
     from megatron_oreal.weights.vllm_layout import LiveShard
-
-Advance = Callable[[int], None]
-"""Told how many more requests are done; local to a rank. The calls of one `generate` sum to all."""
 
 Finished = Callable[[int, "Rollout"], None]
 """Told the index of a request and its rollout, as soon as this rank's engine has them."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from megatron_oreal.rollout.engine import Request
 from megatron_oreal.rollout.seeds import sample_seed
-from megatron_oreal.types import RolloutGroup
+from megatron_oreal.types import Advance, RolloutGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megatron_oreal.config.schema import SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Finished, RolloutEngine
+    from megatron_oreal.rollout.engine import Finished, RolloutEngine
     from megatron_oreal.types import Prompt
 
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_oreal.config.schema import SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Request
+    from megatron_oreal.rollout.engine import Request
+    from megatron_oreal.types import Advance
 
 
 def response_budgets(

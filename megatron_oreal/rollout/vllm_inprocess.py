@@ -29,7 +29,7 @@ from megatron_oreal.rollout.process_state import process_state_kept, random_stat
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets
 from megatron_oreal.rollout.vllm_arguments import engine_arguments
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
-from megatron_oreal.types import Rollout
+from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.vllm_layout import LiveShard
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Finished, Request
+    from megatron_oreal.rollout.engine import Finished, Request
     from megatron_oreal.weights.sums import Checksums
 
 _HEAD = "lm_head.weight"

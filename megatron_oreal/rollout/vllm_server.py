@@ -25,14 +25,14 @@ from megatron_oreal.rollout.server_link import Fleet, GlooLink, Link
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets
 from megatron_oreal.rollout.vllm_arguments import DTYPES
 from megatron_oreal.rollout.vllm_plugin import TRANSFERS
-from megatron_oreal.types import Rollout
+from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.plan import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Advance, Finished, Request
+    from megatron_oreal.rollout.engine import Finished, Request
     from megatron_oreal.weights.sums import Checksums
 
 _MIB = 1 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,19 @@ from megatron_oreal.config.load import resolve_config_yaml
 from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
 from megatron_oreal.monitor.metrics import Kind
+from megatron_oreal.monitor.profile import IterationProfile, memory_metrics
 from megatron_oreal.monitor.progress import Progress
 from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.monitor.sinks import open_sinks
 from megatron_oreal.monitor.timers import Timers
 from megatron_oreal.monitor.transcripts import write_transcripts
-from megatron_oreal.parallel.collectives import agree, world_rank, world_size
-from megatron_oreal.types import PackedBatch, RolloutGroup
-
-Advance = Callable[[int], None]
+from megatron_oreal.parallel.collectives import (
+    agree,
+    all_gather_bytes,
+    world_rank,
+    world_size,
+)
+from megatron_oreal.types import Advance, PackedBatch, RolloutGroup, advance_nothing
 
 
 class Journal:
@@ -58,6 +62,7 @@ class Journal:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
         self._timers = Timers(synchronize, resumed.state.seconds if resumed else None)
         self._metrics: dict[str, float] = {}
+        self._profile: IterationProfile | None = None
         if resumed:
             for remark in resumed.remarks:
                 self.say(remark)
@@ -68,9 +73,35 @@ class Journal:
     @contextlib.contextmanager
     def phase(self, name: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
         """Times a phase; with a `total` it shows a bar, moved by the `advance(n)` it yields."""
-        bar = self._progress.task(name, total, unit) if total else contextlib.nullcontext(_ignore)
-        with self._timers.phase(name), bar as advance:
+        bar = (
+            self._progress.task(name, total, unit)
+            if total
+            else contextlib.nullcontext(advance_nothing)
+        )
+        profile = self._profile.phase(name) if self._profile else contextlib.nullcontext()
+        with self._timers.phase(name), profile, bar as advance:
             yield advance
+
+    @contextlib.contextmanager
+    def profiled(self, iteration: int) -> Iterator[None]:
+        """Profiles the `with` block if `profile.iterations` names it; collective over the world."""
+        if iteration not in self.config.profile.iterations:
+            yield
+            return
+        self._profile = profile = IterationProfile(self.config.profile.phases)
+        try:
+            yield
+        finally:
+            self._profile = None
+        busy = [float(text) for text in all_gather_bytes(str(profile.busy_s).encode())]
+        slowest = busy.index(max(busy))
+        folder = self.folder.profile / f"iteration_{iteration:06d}"
+        if world_rank() in (0, slowest):
+            try:
+                profile.write(folder, world_rank())
+            except OSError as error:
+                self.say(f"{folder} is not written: {error}")
+        self.say(f"profile of iteration {iteration}: {folder}, of ranks 0 and {slowest} (busiest)")
 
     def say(self, text: str) -> None:
         """Prints a line, on the first rank."""
@@ -144,8 +175,9 @@ class Journal:
     def write(self, iteration: int, kind: Kind = "train") -> None:
         """Writes the metrics gathered since the last call, and the seconds of each phase."""
         seconds = self._timers.end_iteration()
-        total = {"time/iteration_s": sum(seconds.values())} if kind == "train" else {}
-        self._sinks.write(iteration, self._metrics | seconds | total, kind)
+        if kind == "train":
+            seconds |= {"time/iteration_s": sum(seconds.values())} | memory_metrics()
+        self._sinks.write(iteration, self._metrics | seconds, kind)
         self._metrics = {}
 
     def transcripts(
@@ -188,7 +220,3 @@ class Journal:
     def close(self) -> None:
         """Ends what is still open."""
         self._sinks.close()
-
-
-def _ignore(_: int) -> None:
-    """Advances no bar."""

@@ -12,8 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank, world_size
-from megatron_oreal.rollout.engine import Advance
-from megatron_oreal.types import Prompt, Rollout, RolloutGroup, Verdict
+from megatron_oreal.types import Advance, Prompt, Rollout, RolloutGroup, Verdict
 from megatron_oreal.verify.cascade import Answer, Verifier
 
 

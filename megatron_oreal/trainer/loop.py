@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.probe import check_difference
 from megatron_oreal.trainer.rates import Rates
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
-from megatron_oreal.types import PackedBatch
+from megatron_oreal.types import Advance, PackedBatch
 
 
 @dataclass
@@ -88,8 +89,8 @@ class OrealLoop:
             return uniform_weights([t.response_length for t in batch.trajectories])
         objective = objectives.token_rm_objective(len(batch.trajectories))
         rate = self.rates.token_rm(iteration)
-        with self.journal.phase("token_rm"):
-            step = self.token_rm.step(batch, objective, rate)
+        with self._phase("token_rm", batch) as advance:
+            step = self.token_rm.step(batch, objective, rate, advance)
         if self.skipped.took("token_rm", step):
             self.rates.token_rm_updates += 1
         self.journal.token_rm(batch, step, rate)
@@ -98,8 +99,8 @@ class OrealLoop:
 
     def _update(self, batch: PackedBatch, weights: list[Tensor], iteration: int) -> PackedBatch:
         """One step down Eq. 11, and the new weights to the engines; nothing moves while frozen."""
-        with self.journal.phase("reference"):
-            reference = self.reference.logprobs(batch).logprobs
+        with self._phase("reference", batch) as advance:
+            reference = self.reference.logprobs(batch, advance).logprobs
         trajectories = batch.trajectories
         batch = batch.with_fields(**objectives.policy_fields(trajectories, weights, reference))
         objective = objectives.policy_objective(
@@ -107,15 +108,20 @@ class OrealLoop:
         )
         frozen = policy_is_frozen(iteration, self.config.schedule)
         rate = self.rates.policy(iteration)
-        with self.journal.phase("policy"):
+        with self._phase("policy", batch) as advance:
             step = (
-                self.policy.logprobs(batch) if frozen else self.policy.step(batch, objective, rate)
+                self.policy.logprobs(batch, advance)
+                if frozen
+                else self.policy.step(batch, objective, rate, advance)
             )
         self.journal.policy(batch, step, rate)
         if not frozen and self.skipped.took("policy", step):
             self.rates.policy_updates += 1
             self.push_weights()
         return batch
+
+    def _phase(self, name: str, batch: PackedBatch) -> AbstractContextManager[Advance]:
+        return self.journal.phase(name, len(batch.micro_batches[0]), "micro-batches")
 
     def push_weights(self) -> None:
         """Hands the policy's weights to the engines, where there are any."""

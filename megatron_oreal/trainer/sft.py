@@ -107,7 +107,8 @@ def fine_tune(config: Config) -> bool:
         if config.checkpoint.every and not run.resumed:
             run.save(0)
         for number in range(run.resumed.state.iteration if run.resumed else 0, last):
-            run.step(number, packer, schedule)
+            with run.journal.profiled(number):
+                run.step(number, packer, schedule)
             stopped = stop.agreed()
             if stopped or run.checkpointer.is_due(number + 1, last):
                 run.save(number + 1)

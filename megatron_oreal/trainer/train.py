@@ -29,7 +29,8 @@ def train(config: Config) -> bool:
         _hand_over(run)
         before = _start(run)
         for iteration in range(run.first_iteration, iterations):
-            run.loop.iterate(iteration)
+            with run.journal.profiled(iteration):
+                run.loop.iterate(iteration)
             done = iteration + 1
             if settings.every and done % settings.every == 0 and done < iterations:
                 _evaluate(run, done)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from megatron_oreal.monitor.metrics import read_metrics
+from megatron_oreal.monitor.metrics import MEASURED, read_metrics
 from tests.integration import toy
 from tests.integration.commands import COMMAND, Finished, run, started, torchrun
 from tests.integration.conftest import FineTuning
@@ -55,9 +55,8 @@ def exact_metrics(folder: Path) -> list[dict[str, Any]]:
     """All lines as they stand, without what a clock says."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines == read_metrics(folder / "metrics.jsonl")
-    clocks = ("time/", "throughput/")
     return [
-        {name: value for name, value in line.items() if not name.startswith(clocks)}
+        {name: value for name, value in line.items() if not name.startswith(MEASURED)}
         for line in lines
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.monitor.metrics import read_metrics
+from megatron_oreal.monitor.metrics import MEASURED, read_metrics
 from tests.integration import toy
 from tests.integration.commands import COMMAND, alone, started
 from tests.integration.conftest import FineTuning
@@ -55,5 +55,5 @@ def test_a_server_gives_the_run_that_an_engine_in_the_rank_gives(
             rollout__server_hosts=hosts,
         )
     for line, again in zip(inside, outside, strict=True):
-        names = {name for name in line if not name.startswith(("time/", "throughput/"))}
+        names = {name for name in line if not name.startswith(MEASURED)}
         assert {name: line[name] for name in names} == {name: again[name] for name in names}

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_oreal.config.load import load_config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.tokenizer import load_tokenizer
-from megatron_oreal.monitor.metrics import read_metrics
+from megatron_oreal.monitor.metrics import MEASURED, read_metrics
 from megatron_oreal.rollout.record import RecordHeader, decode_groups, record_path
 from megatron_oreal.types import RolloutGroup
 from tests.integration import toy
@@ -75,6 +75,7 @@ def trained(root: Path, fine_tuning: FineTuning) -> TrainingRun:
         evaluation__at_end="true",
         evaluation__every=2,
         monitor__transcripts_per_iteration=6,
+        profile__iterations=f"[{FIRST_UPDATE}]",
     )
     return read_run(root / "trained", settings, under_torchrun(2, "train", *settings))
 
@@ -182,8 +183,8 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
 ) -> None:
     """What is counted is equal; what is computed differs by the rounding of another layout."""
     for line, again in zip(trained.train, replayed.train, strict=True):
-        names = {name for name in line if not name.startswith(("time/", "throughput/"))}
-        assert names == {name for name in again if not name.startswith("time/")}
+        names = {name for name in line if not name.startswith(MEASURED)}
+        assert names == {name for name in again if not name.startswith(MEASURED)}
         for name in names - {"kind"}:
             counted = name.startswith("rollout/") and "mismatch" not in name
             relative, absolute = (0, 0) if counted else (2e-3, 2e-5)
@@ -358,6 +359,17 @@ def test_transformers_and_vllm_write_the_same_greedy_text(
         )[0, len(prompt.tokens) :]
         assert outputs.tolist() == answer["response"]
         assert tokenizer.decode(outputs, skip_special_tokens=True) == answer["text"]
+
+
+def test_a_profile_tells_of_the_iteration_that_was_asked_for(trained: TrainingRun) -> None:
+    (iteration,) = (trained.folder / "profile").iterdir()
+    assert iteration.name == f"iteration_{FIRST_UPDATE:06d}"
+    memory = json.loads((iteration / "rank_0.memory.json").read_text())
+    phases = [row["phase"] for row in memory]
+    assert phases[:2] == ["generate", "verify"]
+    assert phases[-4:] == ["token_rm", "reference", "policy", "sync"]
+    traces = {path.name for path in iteration.glob("rank_0.*.trace.json.gz")}
+    assert traces == {f"rank_0.{phase}.trace.json.gz" for phase in phases[-4:]}
 
 
 def test_exported_weights_have_moved(trained: TrainingRun, fine_tuning: FineTuning) -> None:

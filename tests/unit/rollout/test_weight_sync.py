@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from megatron_oreal.config.schema import SamplingConfig
     from megatron_oreal.models.family import ModelDims
-    from megatron_oreal.rollout.engine import Advance, Finished, Request
-    from megatron_oreal.types import Rollout
+    from megatron_oreal.rollout.engine import Finished, Request
+    from megatron_oreal.types import Advance, Rollout
     from megatron_oreal.weights.sums import Checksums
     from megatron_oreal.weights.vllm_layout import LiveShard
 
