@@ -27,6 +27,10 @@ REQUIRED = [
     "omegaconf>=2.4,<3",
     # JSON lines checked against a declared record, with the field named in the error.
     "msgspec>=0.20",
+    # Questions and demonstrations in Parquet, and in the Arrow files that `datasets` saves.
+    "pyarrow>=20",
+    # Data sets of the hub, where there is network; transformers needs it as well.
+    "huggingface_hub>=1",
     # The run log; offline unless told otherwise.
     "wandb>=0.31",
     # Progress bars and tables on the console.

@@ -20,7 +20,7 @@ from rich.table import Table
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config, JudgeConfig
-from megatron_oreal.data.jsonl import read_records
+from megatron_oreal.data.records import read_records
 from megatron_oreal.monitor.progress import Progress
 from megatron_oreal.types import Outcome, Verdict
 from megatron_oreal.verify.cascade import Answer, Verifier
@@ -120,7 +120,7 @@ def run_audit(path: Path, config: Config, *, progress: bool = False) -> Audit:
     Raises:
         UserError: the file is not what it should be, or the verifier cannot start.
     """
-    lines = [line for _, line in read_records(path, "answers", AuditLine)]
+    lines = [row.record for row in read_records(path, "answers", AuditLine)]
     answers = [
         Answer(line.gold, line.response, line.stopped, line.data_source, line.question)
         for line in lines

@@ -23,14 +23,15 @@ _HARMLESS = (
     *("judge.hosts", "judge.api_key_variable", "judge.concurrency", "judge.queue"),
     *("judge.attempts", "judge.backoff_s", "judge.request_deadline_s", "judge.deadline_s"),
     "judge.health_check_s",
-    "data.path",  # the sampler knows its questions by themselves
+    *("data.path", "data.columns."),  # the sampler knows its questions by themselves
 )
 _UNUSED: dict[Command, tuple[str, ...]] = {
     "train": ("sft.",),
     "sft": (
         *("data.questions_per_iteration", "data.balance_by_pass_rate", "sampling.", "verifier."),
         *("judge.", "oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
-        "sft.path",  # the progress of fine-tuning knows its demonstrations by themselves
+        # The progress of fine-tuning knows its demonstrations by themselves.
+        *("sft.path", "sft.columns."),
     ),
 }
 

@@ -17,6 +17,7 @@ from megatron_oreal.config.checks import (
     share,
     share_below_one,
 )
+from megatron_oreal.config.schema_data import DataConfig, DemonstrationColumns, EvaluationConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -79,20 +80,6 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         at_least(self, 1, "tokens_per_micro_batch", "head_chunk_tokens", "max_skipped_steps")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The training questions."""
-
-    path: str = "???"
-    system_prompt: str | None = None
-    balance_by_pass_rate: bool = True
-    questions_per_iteration: int = 64
-
-    def __post_init__(self) -> None:
-        """Checks the ranges of this section."""
-        at_least(self, 1, "questions_per_iteration")
 
 
 @dataclass(frozen=True)
@@ -281,29 +268,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out questions, inside a run and for `megatron-oreal evaluate`."""
-
-    path: str | None = None
-    every: int = 0
-    at_start: bool = False
-    at_end: bool = False
-    samples_per_question: int = 8
-    pass_at: tuple[int, ...] = (1, 8)
-    greedy: bool = True
-    max_questions: int | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the ranges of this section."""
-        at_least(self, 0, "every")
-        at_least(self, 1, "samples_per_question")
-        if self.max_questions is not None:
-            at_least(self, 1, "max_questions")
-        ok = bool(self.pass_at) and min(self.pass_at) >= 1
-        require(ok, "pass_at", list(self.pass_at), "name one or more k, each 1 or more")
-
-
-@dataclass(frozen=True)
 class MonitorConfig:
     """What of a run is written down."""
 
@@ -364,6 +328,7 @@ class SftConfig:
     """Supervised fine-tuning: demonstrations, length, rate."""
 
     path: str | None = None
+    columns: DemonstrationColumns = field(default_factory=DemonstrationColumns)
     epochs: int = 1
     sequences_per_step: int = 64
     warmup_steps: int = 20

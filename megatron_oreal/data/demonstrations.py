@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from megatron_oreal.config.errors import UserError
-from megatron_oreal.data.jsonl import read_records, require_text
+from megatron_oreal.data.records import read_records, require_text
 from megatron_oreal.data.tokenizer import render_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
 
 class DemonstrationRecord(msgspec.Struct, frozen=True):
-    """One line of a demonstration file."""
+    """One row of demonstrations."""
 
     question: str
     response: str
@@ -43,23 +44,25 @@ def load_demonstrations(
     *,
     max_total_tokens: int,
     key: str = "sft.path",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Demonstration]:
-    """Reads a demonstration file, in its order; prompts are rendered as those of rollouts are.
+    """Reads demonstrations, in their order; prompts are rendered as those of rollouts are.
 
     Args:
-        path: The JSONL file, `DemonstrationRecord` a line.
+        path: Where they lie, as `sources.find_files` takes it; `DemonstrationRecord` a row.
         tokenizer: The model's tokenizer.
         system_prompt: Put before each question; None for none.
         stop_id: The stop token's id, appended to each response.
         max_total_tokens: The window, prompt and response together.
         key: The config key that names the file, for errors.
+        columns: The column of each field of `DemonstrationRecord`, where it has another name.
 
     Raises:
         UserError: A malformed line, a blank field, a response that holds the stop token, or a
             demonstration longer than the window; the text names file, line and field.
     """
     demonstrations: list[Demonstration] = []
-    for where, record in read_records(path, key, DemonstrationRecord):
+    for where, _, record in read_records(path, key, DemonstrationRecord, columns):
         question = require_text(record.question, "question", where)
         response = require_text(record.response, "response", where)
         prompt_tokens = render_prompt(tokenizer, question, system_prompt)

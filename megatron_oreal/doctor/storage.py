@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.data.sources import HUB, find_files
 from megatron_oreal.doctor.report import Finding, Level
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.planner.memory import checkpoint_bytes
@@ -42,11 +43,19 @@ def check_inputs(config: Config) -> list[Finding]:
     files = {"data.path": config.data.path, "evaluation.path": config.evaluation.path}
     for key, path in files.items():
         if path is not None:
-            there = Path(path).is_file()
-            says = "" if there else f"no such file: set {key}=..."
-            level = Level.FINE if there else Level.MISSING
-            findings.append(Finding(_AREA, key, level, path, says))
+            findings.append(_source(key, path))
     return findings
+
+
+def _source(key: str, path: str) -> Finding:
+    """Looks whether the files of a source are there; what lies on a hub is not asked for."""
+    try:
+        files = [] if path.startswith(HUB) else find_files(path, key)
+    except UserError as error:
+        return Finding(_AREA, key, Level.MISSING, path, str(error))
+    absent = next((file for file in files if not file.is_file()), None)
+    says = f"{absent}: no such file: set {key}=..." if absent else ""
+    return Finding(_AREA, key, Level.MISSING if absent else Level.FINE, path, says)
 
 
 def check_folder(config: Config) -> list[Finding]:

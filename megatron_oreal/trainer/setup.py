@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def read_texts(config: Config, *, training: bool) -> Texts:
         texts = Texts(
             tokenizer,
             stop_id,
-            read(config.data.path) if training else [],
+            read(config.data.path, columns=asdict(config.data.columns)) if training else [],
             read(config.evaluation.path, key="evaluation.path") if config.evaluation.path else [],
         )
         prompts = (prompt.tokens for prompt in (*texts.training, *texts.held_out))

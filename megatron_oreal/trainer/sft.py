@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_oreal.algorithm.objectives import sft_objective
 from megatron_oreal.algorithm.schedule import learning_rate
@@ -190,6 +190,7 @@ def _read(config: Config) -> list[Demonstration]:
         config.data.system_prompt,
         stop_token_id(tokenizer, config.model.stop_token),
         max_total_tokens=config.sampling.max_total_tokens,
+        columns=asdict(config.sft.columns),
     )
     texts = (demo.prompt_tokens + demo.response_tokens for demo in demonstrations)
     check_vocabulary(tokenizer, dims.vocab, texts)

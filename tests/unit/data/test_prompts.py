@@ -55,14 +55,14 @@ def test_blank_lines_are_passed_over_and_counted(
         (b'{"question": "q"}', "required field `gold_answer`"),
         (b'{"gold_answer": "2"}', "required field `question`"),
         (b'{"question": "q", "gold_answer": null}', "got `null`.*gold_answer"),
-        (b'{"question": "q", "gold_answer": 2}', "got `int`.*gold_answer"),
+        (b'{"question": "q", "gold_answer": 2.0}', "got `float`.*gold_answer"),
         (b'{"question": "q", "gold_answer": " "}', "`gold_answer` is blank"),
         (b'{"question": "", "gold_answer": "2"}', "`question` is blank"),
         (b'{"question": "q", "gold_answer": "2", "pass_rate": 1.5}', "<= 1.0.*pass_rate"),
         (b'{"question": "q", "gold_answer": "2", "pass_rate": -0.1}', ">= 0.0.*pass_rate"),
         (b'{"question": "q", "gold_answer": "2", "pass_rate": NaN}', "malformed"),
         (b'{"question": "q", "gold_answer": "2", "pass_rate": "0.5"}', "got `str`.*pass_rate"),
-        (b'{"question": "q", "gold_answer": "2", "id": 7}', "got `int`.*id"),
+        (b'{"question": "q", "gold_answer": "2", "id": [7]}', "got `array`.*id"),
         (b'{"question": "q", "gold_answer": "2"', "truncated"),
         (b'{"question": "q", "gold_answer": "2"} {}', "trailing"),
         (b'["q", "2"]', "Expected `object`, got `array`"),
@@ -109,5 +109,5 @@ def test_empty_file(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content:
 def test_unreadable(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"No such file"):
         load(tmp_path / "nowhere.jsonl", tokenizer)
-    with pytest.raises(UserError, match=r"evaluation\.path=.*Is a directory"):
+    with pytest.raises(UserError, match=r"evaluation\.path=.*holds no \*\.parquet or \*\.jsonl"):
         load_prompts(tmp_path, tokenizer, None, max_total_tokens=64, key="evaluation.path")
