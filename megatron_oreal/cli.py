@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
 
     if not has_gpu():  # advice on CUDA's queues
         warnings.filterwarnings("ignore", message="When using sequence parallelism it is recomm")
-    start_world()
+    start_world(config.watchdog.timeout_s)
     try:
         runs = {"train": train, "rollout": record_rollouts, "sft": fine_tune}
         if options.command in runs:

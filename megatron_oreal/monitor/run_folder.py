@@ -81,6 +81,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def ranks(self) -> Path:
+        """Where each rank is, see `whereabouts`, and what is left of one that failed."""
+        return self.root / "ranks"
+
+    @property
     def hf(self) -> Path:
         """Hugging Face checkpoints."""
         return self.root / "hf"
@@ -105,8 +110,10 @@ class RunFolder:
         if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise UserError(f"run.folder={self.root}: holds a run already; name another folder")
         try:
-            for folder in (self.rollouts, self.recorded, self.checkpoints, self.hf):
+            for folder in (self.rollouts, self.recorded, self.checkpoints, self.ranks, self.hf):
                 folder.mkdir(parents=True, exist_ok=True)
+            for path in self.ranks.iterdir():  # of the start before
+                path.unlink()
             atomic_write_text(self.config, config_yaml)
         except OSError as error:
             fix = f"cannot be written ({error.strerror}); name another folder"

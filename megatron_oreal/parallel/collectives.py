@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  documented
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.monitor.pending import collective
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 
 
@@ -56,7 +57,8 @@ def world_size() -> int:
 
 def barrier() -> None:
     """Waits for every rank; collective over the world."""
-    dist.barrier()
+    with collective("barrier"):
+        dist.barrier()
 
 
 def all_gather_bytes(payload: bytes) -> list[bytes]:
@@ -64,6 +66,11 @@ def all_gather_bytes(payload: bytes) -> list[bytes]:
 
     Payloads may differ in length: each is broadcast at its own size, empty ones not at all.
     """
+    with collective(f"all_gather_bytes, {len(payload)} of this rank"):
+        return _all_gather_bytes(payload)
+
+
+def _all_gather_bytes(payload: bytes) -> list[bytes]:
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64))
     gathered = []
@@ -81,7 +88,8 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Returns the sum over all ranks of a CPU tensor, any shape; collective over the world."""
     total = values.clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        with collective(f"all_reduce_sum, {values.numel()} numbers"):
+            dist.all_reduce(total)
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,12 +61,18 @@ class Topology:
 
 
 def initialize(
-    tensor: int = 1, pipeline: int = 1, context: int = 1, virtual_pipeline: int = 1, seed: int = 1
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    virtual_pipeline: int = 1,
+    *,
+    seed: int = 1,
+    timeout_s: float = 1800.0,
 ) -> Topology:
     """Builds Megatron's process groups; collective over the world.
 
     Data parallelism fills what tensor * pipeline * context leaves of the world. Each rank has
-    `virtual_pipeline` stages of the pipeline.
+    `virtual_pipeline` stages of the pipeline. An exchange of theirs fails after `timeout_s`.
     """
     with cuda_on_cpu():
         parallel_state.initialize_model_parallel(
@@ -73,6 +80,7 @@ def initialize(
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
         model_parallel_cuda_manual_seed(seed)
     return current()

@@ -22,6 +22,7 @@ from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.monitor.sinks import open_sinks
 from megatron_oreal.monitor.timers import Timers
 from megatron_oreal.monitor.transcripts import write_transcripts
+from megatron_oreal.monitor.watchdog import Watchdog
 from megatron_oreal.parallel.collectives import (
     agree,
     all_gather_bytes,
@@ -62,6 +63,8 @@ class Journal:
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
         self._timers = Timers(synchronize, resumed.state.seconds if resumed else None)
         self._metrics: dict[str, float] = {}
+        ranks = self.folder.ranks
+        self.watchdog = Watchdog(ranks, world_rank(), world_size(), config.watchdog)
         self._profile: IterationProfile | None = None
         if resumed:
             for remark in resumed.remarks:
@@ -72,14 +75,14 @@ class Journal:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
-        """Times a phase; with a `total` it shows a bar, moved by the `advance(n)` it yields."""
+        """Times and watches a phase; a `total` shows a bar, moved by the `advance(n)` it yields."""
         bar = (
             self._progress.task(name, total, unit)
             if total
             else contextlib.nullcontext(advance_nothing)
         )
         profile = self._profile.phase(name) if self._profile else contextlib.nullcontext()
-        with self._timers.phase(name), profile, bar as advance:
+        with self.watchdog.phase(name), self._timers.phase(name), profile, bar as advance:
             yield advance
 
     @contextlib.contextmanager
@@ -220,3 +223,4 @@ class Journal:
     def close(self) -> None:
         """Ends what is still open."""
         self._sinks.close()
+        self.watchdog.close()

@@ -43,6 +43,7 @@ class OrealLoop:
     def iterate(self, iteration: int) -> None:
         """Asks, has judged, and learns where a question is neither solved nor failed throughout."""
         cfg, journal = self.config, self.journal
+        journal.watchdog.begin(iteration)
         prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
         judged = self.source.answer(prompts, iteration)  # l. 5-6
         journal.groups(judged)

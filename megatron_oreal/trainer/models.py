@@ -116,5 +116,6 @@ def open_source(config: Config) -> ModelSource:
         layout.context,
         layout.virtual_pipeline,
         seed=config.run.seed + 1,
+        timeout_s=config.watchdog.timeout_s,
     )
     return ModelSource(config, family, dims, place)

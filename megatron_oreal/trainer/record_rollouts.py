@@ -75,14 +75,17 @@ def record_rollouts(config: Config) -> bool:
         journal = Journal(config, iterations, again=first > 0)
         stack.enter_context(contextlib.closing(journal))
         stop = stack.enter_context(stop_on_signal())
-        with journal.phase("start"):
+        with journal.watchdog.first_error_only(), journal.phase("start"):
             engines = stack.enter_context(open_engines(config, texts, journal))
+        # Last, to see an error before the engines do: they would wait for ranks that have failed.
+        stack.enter_context(journal.watchdog.first_error_only())
         recording = Recording(config, engines.source, journal)
         journal.say(f"{world_size()} ranks, {iterations} iterations, {first} recorded before")
         for iteration in range(iterations):
             prompts = sampler.next_batch(config.data.questions_per_iteration)
             if iteration < first:
                 continue
+            journal.watchdog.begin(iteration)
             recording.iterate(prompts, header(iteration))
             if stop.agreed() and iteration + 1 < iterations:
                 journal.say(f"stopped by a signal after {iteration + 1} iterations; start it again")

@@ -183,11 +183,13 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
         recorded = RecordedGroups(config, journal, texts.vocabulary)
         if config.rollout.replay:
             recorded.check(resumed.state.iteration if resumed else 0)
-        with journal.phase("start"):
+        with journal.watchdog.first_error_only(), journal.phase("start"):
             policy, reference, token_rm = _build_models(source, resumed)
             engines = None
             if not config.rollout.replay:
                 engines = stack.enter_context(open_engines(config, texts, journal))
+        # Last, to see an error before the engines do: they would wait for ranks that have failed.
+        stack.enter_context(journal.watchdog.first_error_only())
         loop = OrealLoop(
             config=config,
             prompts=prompts,

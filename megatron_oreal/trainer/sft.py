@@ -53,6 +53,7 @@ class FineTuning:
         optimizer, trajectories = self.config.sft.optimizer, self.batches[number]
         rate = learning_rate(number, optimizer.lr, optimizer.min_lr, schedule)
         tokens = sum(trajectory.response_length for trajectory in trajectories)
+        self.journal.watchdog.begin(number)
         with self.journal.phase("sft"):
             step = self.policy.step(packer.pack(trajectories), sft_objective(tokens), rate)
         self.skipped.took("policy", step)
@@ -138,6 +139,7 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
     with contextlib.ExitStack() as stack:
         journal = Journal(config, len(steps), resumed)
         stack.callback(journal.close)
+        stack.enter_context(journal.watchdog.first_error_only())
         with journal.phase("start"):
             policy = Policy(source.dims, config, source.topology, source.load, settings.optimizer)
             models = {"policy": source.stored(policy.model)}

@@ -1,4 +1,7 @@
-"""Killing one rank of a running training ends them all, with whatever they had started."""
+"""Killing one rank of a running training ends them all, with whatever they had started.
+
+The console says which it was, and nothing of what that does to the others.
+"""
 
 from __future__ import annotations
 
@@ -63,3 +66,9 @@ def test_a_killed_rank_ends_the_run(root: Path) -> None:
         assert command.returncode != 0
         _, alive = psutil.wait_procs(everything, timeout=5.0)
         assert not alive
+        _, console = command.communicate()
+    said = [line for line in console.splitlines() if line.startswith("megatron-oreal: ")]
+    assert len(said) == 2, console
+    assert f"rank 1 (pid {ranks[1].pid} on " in said[0]
+    assert "is gone without a word" in said[0]
+    assert "Connection closed" not in console

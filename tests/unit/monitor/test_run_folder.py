@@ -36,6 +36,7 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
         "checkpoints",
         "config.yaml",
         "hf",
+        "ranks",
         "recorded",
         "rollouts",
     ]

@@ -1,0 +1,31 @@
+"""The sections that say when a run is ill: a part of `schema.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_oreal.config.checks import at_least
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """How long a rank may stay in a phase, in seconds; 0 for as long as it takes."""
+
+    start_s: float = 3600.0
+    generate_s: float = 7200.0
+    verify_s: float = 3600.0
+    train_s: float = 3600.0
+    sync_s: float = 1800.0
+    save_s: float = 3600.0
+    evaluate_s: float = 14400.0
+    between_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        at_least(self, 0, *(field.name for field in fields(self)))
+
+    @property
+    def timeout_s(self) -> float:
+        """Of an exchange between ranks: later than every deadline, a month where one is missing."""
+        deadlines = [getattr(self, field.name) for field in fields(self)]
+        return max(deadlines) + 600 if all(deadlines) else 30 * 86400.0
