@@ -145,7 +145,7 @@ CASES: dict[str, tuple[str, Prepare, list[str]]] = {
     ),
     "field of the wrong type": (
         "train",
-        lambda folder: write(folder, lines(QUESTION, {**QUESTION, "gold_answer": 1})),
+        lambda folder: write(folder, lines(QUESTION, {**QUESTION, "gold_answer": [1]})),
         ["data.path=", "bad.jsonl, line 2", "gold_answer"],
     ),
     "question without gold answer": (
