@@ -72,6 +72,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
+    # The page of `megatron-oreal report`, and the two libraries it carries, with their licences.
+    package_data={"megatron_oreal.monitor.report": ["static/*", "vendor/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={

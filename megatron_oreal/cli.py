@@ -1,6 +1,6 @@
 """The command line: `megatron-oreal train | rollout | check-sync | sft | evaluate | ...`.
 
-All but the last two run alone or under torchrun or srun.
+plan, doctor, serve and report run alone; all others under torchrun or srun as well.
 """
 
 from __future__ import annotations
@@ -44,10 +44,27 @@ examples:
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
   megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
   megatron-oreal serve --config configs/my.yaml --port 8000
+  megatron-oreal report runs/oreal
 
 A run that SIGTERM or SIGUSR1 stops is saved, ends with status 75 and, started again, goes on.
 Every key, its unit and its default stand in configs/base.yaml.
 """
+
+
+_REPORT_EPILOG = """
+The page needs no network and no server: open it in a browser, copy it, attach it. Keys 1 to 4
+choose overview, rollouts, tokens and health; ? lists all keys. It holds a million tokens of
+transcripts at most, a seeded sample over iterations, verdicts and pass rates, and says what share
+that is; --iteration holds all of one.
+
+examples:
+  megatron-oreal report runs/quickstart/seed_0/oreal
+  megatron-oreal report runs/oreal --watch                          # beside a run that goes on
+  megatron-oreal report runs/oreal --iteration 12 --out it12.html   # all of one iteration
+  megatron-oreal report runs/a runs/b --out both.html               # two runs, one page
+"""
+
+_REFRESH_S = 10.0  # between two looks at a run that goes on
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:
+        if options.command == "report":
+            return _report(options)
         config = load_config(options.config, options.settings, optional=options.optional)
         with warnings.catch_warnings():
             for message in _NOISE:
@@ -113,6 +132,30 @@ def _plan_weights(options: argparse.Namespace, config: Config) -> str:
         rollout_ranks=options.rollout_ranks,
     )
     return json.dumps(plan.summary().as_dict()) if options.json else plan.explain()
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Writes a page that shows what runs did, once or while they go on; returns 0."""
+    import time
+
+    from megatron_oreal.monitor.report import build
+
+    request = build.Request(
+        tuple(options.runs),
+        iteration=options.iteration,
+        refresh_s=_REFRESH_S if options.watch else 0,
+    )
+    out = options.out or options.runs[0] / "report.html"
+    if options.watch:
+        build.watch(request, out, say=_say, sleep=time.sleep)
+        return 0
+    data = build.write(request, out)
+    _say(json.dumps(build.summary(data)) if options.json else "\n".join(build.words(data, out)))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201  the result
 
 
 def _doctor(options: argparse.Namespace, config: Config) -> int:
@@ -201,12 +244,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
     _plan_command(commands)
+    _report_command(commands)
     serve = _command(
         commands, "serve", "serve rollouts to a run of this config", optional=("data.path",)
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="port (8000)")
     return parser
+
+
+def _report_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="show what runs did, in one HTML file",
+        description="Writes one HTML file that shows runs: curves, answers, tokens, alarms.",
+        epilog=_REPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run (run.folder); of several, curves are drawn together",
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
+    report.add_argument(
+        "--watch",
+        action="store_true",
+        help="write it again whenever the run has written something, until it is finished",
+    )
+    report.add_argument(
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="hold every transcript of this iteration instead of a sample of the run",
+    )
+    report.add_argument(
+        "--json", action="store_true", help="print what the overview says as one JSON array"
+    )
 
 
 def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -33,6 +33,8 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
       `rollout/undecided_share`: each question is of one kind; undecided = fewer than two verified
       answers. They sum to 1. (A question with more unverified answers than allowed is dropped
       later, whatever its kind.)
+    - `rollout/pass_rate_0_20_share` ... `_80_100_share`: of the questions with a verified answer,
+      by pass rate in five equal bins, the upper end in the last alone. They sum to 1.
 
     Over answers:
 
@@ -94,6 +96,10 @@ def _question_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     pass_rates = [correct / (correct + wrong) for correct, wrong in counts if correct + wrong]
     if pass_rates:
         metrics["rollout/pass_rate"] = fmean(pass_rates)
+        bins = Counter(min(int(5 * rate), 4) for rate in pass_rates)
+        for i in range(5):
+            name = f"rollout/pass_rate_{20 * i}_{20 * i + 20}_share"
+            metrics[name] = bins[i] / len(pass_rates)
     return metrics
 
 

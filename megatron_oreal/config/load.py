@@ -94,7 +94,7 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> list[_Setting]:
     if path.resolve() in parents:
         loop = " -> ".join(str(p) for p in chain)
         raise UserError(f"{INHERIT}={path}: files inherit in a circle ({loop}); cut it")
-    content = _read_yaml(path)
+    content = read_yaml(path)
     parent = content.pop(INHERIT, None)
     if parent is not None and not isinstance(parent, str):
         raise UserError(f"{INHERIT}={parent}: {path} must name one file as text")
@@ -102,7 +102,8 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> list[_Setting]:
     return inherited + [_Setting(key, value, str(path)) for key, value in _leaves(content)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a file of sections as it stands, of whatever version; UserError where it is none."""
     try:
         loaded = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_oreal.config.errors import UserError
 
@@ -53,6 +55,30 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a digest of every token and its id: token ids mean the same where it is the same."""
     entries = sorted(tokenizer.get_vocab().items())
     return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """Returns the bytes of text that each id stands for, by id; none where there is no token.
+
+    Byte-level vocabularies spell a byte as a letter, the others a blank as `▁` and a lone byte as
+    `<0x0A>`. A token may hold a part of a character: joined bytes are UTF-8, single ones need not.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = "ByteLevel" in str(backend.decoder if backend else "")
+    spelled = {letter: byte for byte, letter in bytes_to_unicode().items()} if byte_level else {}
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [_bytes_of(token or "", spelled if token not in added else None) for token in tokens]
+
+
+def _bytes_of(token: str, spelled: dict[str, int] | None) -> bytes:
+    """Returns a token's bytes; `spelled` is None of an added token, empty where not byte-level."""
+    if spelled and all(letter in spelled for letter in token):
+        return bytes(spelled[letter] for letter in token)
+    if spelled is not None and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    text = token if spelled is None else token.replace("▁", " ")
+    return text.encode("utf-8", errors="replace")
 
 
 def render_prompt(

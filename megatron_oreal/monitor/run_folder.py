@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.monitor.metrics import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from megatron_oreal.config.schema import Config
 
@@ -67,8 +68,18 @@ class RunFolder:
 
     @property
     def rollouts(self) -> Path:
-        """Transcripts, one file an iteration."""
+        """Transcripts, two files an iteration; see `monitor/transcripts.py`."""
         return self.root / "rollouts"
+
+    @property
+    def vocabulary(self) -> Path:
+        """The text of each token id: a JSON list of strings, one character a byte (Latin-1)."""
+        return self.root / "vocabulary.json"
+
+    @property
+    def alarms(self) -> Path:
+        """One line of JSON per alarm raised."""
+        return self.root / "alarms.jsonl"
 
     @property
     def recorded(self) -> Path:
@@ -118,6 +129,17 @@ class RunFolder:
         except OSError as error:
             fix = f"cannot be written ({error.strerror}); name another folder"
             raise UserError(f"run.folder={self.root}: {fix}") from error
+
+    def write_vocabulary(self, tokens: Sequence[bytes]) -> None:
+        """Writes the bytes of each token id, for those who read transcripts; on one rank only."""
+        atomic_write_text(self.vocabulary, to_json([token.decode("latin-1") for token in tokens]))
+
+    def read_vocabulary(self) -> list[bytes]:
+        """Returns the bytes of each token id; none where the run left no vocabulary."""
+        if not self.vocabulary.exists():
+            return []
+        tokens = json.loads(self.vocabulary.read_text(encoding="utf-8"))
+        return [token.encode("latin-1") for token in tokens]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json`, replacing what was there; on one rank only."""

@@ -183,6 +183,11 @@ class Journal:
         self._sinks.write(iteration, self._metrics | seconds, kind)
         self._metrics = {}
 
+    def vocabulary(self, tokens: Sequence[bytes]) -> None:
+        """Leaves the text of each token id beside the transcripts, where any are written."""
+        if self.enabled and self.config.monitor.transcripts_per_iteration:
+            self.folder.write_vocabulary(tokens)
+
     def transcripts(
         self, iteration: int, groups: Sequence[RolloutGroup], batch: PackedBatch | None
     ) -> None:

@@ -55,8 +55,9 @@ class OrealLoop:
         batch = self.packer.pack(trajectories)
         if trajectories:
             self._check_start(batch)
-            weights = self._weigh(batch, iteration)  # l. 10-11
-            batch = self._update(batch, weights, iteration)  # l. 12
+            weighed = self._weigh(batch, iteration)  # l. 10-11
+            batch = self._update(batch, weighed["token_weight"], iteration)  # l. 12
+            batch = batch.with_fields(**weighed)
         journal.iteration(
             iteration,
             trajectories=len(trajectories),
@@ -84,10 +85,11 @@ class OrealLoop:
         self.journal.start(logprobs, reference, mismatch)
         self.engine_checked = True
 
-    def _weigh(self, batch: PackedBatch, iteration: int) -> list[Tensor]:
+    def _weigh(self, batch: PackedBatch, iteration: int) -> dict[str, list[Tensor]]:
         """Token weights from the scores of the forward before the token_rm's own step (Eq. 12)."""
         if self.token_rm is None:
-            return uniform_weights([t.response_length for t in batch.trajectories])
+            lengths = [t.response_length for t in batch.trajectories]
+            return {"token_weight": uniform_weights(lengths)}
         objective = objectives.token_rm_objective(len(batch.trajectories))
         rate = self.rates.token_rm(iteration)
         with self._phase("token_rm", batch) as advance:
@@ -96,7 +98,8 @@ class OrealLoop:
             self.rates.token_rm_updates += 1
         self.journal.token_rm(batch, step, rate)
         rewards = [t.reward for t in batch.trajectories]
-        return token_weights(step.scores, rewards, self.config.oreal.token_weights)
+        weights = token_weights(step.scores, rewards, self.config.oreal.token_weights)
+        return {"token_weight": weights, "token_score": step.scores}
 
     def _update(self, batch: PackedBatch, weights: list[Tensor], iteration: int) -> PackedBatch:
         """One step down Eq. 11, and the new weights to the engines; nothing moves while frozen."""
@@ -119,7 +122,7 @@ class OrealLoop:
         if not frozen and self.skipped.took("policy", step):
             self.rates.policy_updates += 1
             self.push_weights()
-        return batch
+        return batch.with_fields(logprobs=step.logprobs, entropy=step.entropy)
 
     def _phase(self, name: str, batch: PackedBatch) -> AbstractContextManager[Advance]:
         return self.journal.phase(name, len(batch.micro_batches[0]), "micro-batches")

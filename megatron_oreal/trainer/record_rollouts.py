@@ -17,6 +17,7 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.config.validate import check_engines
 from megatron_oreal.data.sampler import PromptSampler
+from megatron_oreal.data.tokenizer import token_bytes
 from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.parallel.collectives import agree, broadcast_bytes, world_rank, world_size
 from megatron_oreal.rollout.frames import DamagedRecord
@@ -74,6 +75,7 @@ def record_rollouts(config: Config) -> bool:
     with contextlib.ExitStack() as stack:
         journal = Journal(config, iterations, again=first > 0)
         stack.enter_context(contextlib.closing(journal))
+        journal.vocabulary(token_bytes(texts.tokenizer))
         stop = stack.enter_context(stop_on_signal())
         with journal.watchdog.first_error_only(), journal.phase("start"):
             engines = stack.enter_context(open_engines(config, texts, journal))

@@ -15,7 +15,12 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.sampler import PromptSampler
-from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id, vocabulary_digest
+from megatron_oreal.data.tokenizer import (
+    load_tokenizer,
+    stop_token_id,
+    token_bytes,
+    vocabulary_digest,
+)
 from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
@@ -180,6 +185,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
     with contextlib.ExitStack() as stack:
         journal = Journal(config, config.schedule.iterations, resumed)
         stack.enter_context(contextlib.closing(journal))
+        journal.vocabulary(token_bytes(texts.tokenizer))
         recorded = RecordedGroups(config, journal, texts.vocabulary)
         if config.rollout.replay:
             recorded.check(resumed.state.iteration if resumed else 0)

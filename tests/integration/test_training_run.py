@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +20,8 @@ from megatron_oreal.config.load import load_config
 from megatron_oreal.data.prompts import load_prompts
 from megatron_oreal.data.tokenizer import load_tokenizer
 from megatron_oreal.monitor.metrics import MEASURED, read_metrics
+from megatron_oreal.monitor.run_folder import RunFolder
+from megatron_oreal.monitor.transcripts import TOKEN_DTYPE, read_lines, read_tokens
 from megatron_oreal.rollout.record import RecordHeader, decode_groups, record_path
 from megatron_oreal.types import RolloutGroup
 from tests.integration import toy
@@ -276,20 +279,26 @@ def without_clock(group: RolloutGroup) -> RolloutGroup:
 
 
 def test_transcripts_hold_what_was_sampled_judged_and_weighed(trained: TrainingRun) -> None:
-    files = sorted((trained.folder / "rollouts").iterdir())
+    files = sorted((trained.folder / "rollouts").glob("*.jsonl"))
     assert [file.name for file in files] == [f"iter_{i:06d}.jsonl" for i in range(3)]
+    vocabulary = RunFolder(trained.folder).read_vocabulary()
     for file in files:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = read_lines(file)
         assert len(lines) == 6
+        tokens = read_tokens(file, range(6))
         assert any(line["trained"] for line in lines)
         for line in lines:
             assert line["reward"] == {"correct": 1, "incorrect": -1}[line["outcome"]]
             assert line["advantage"] is not None
-            assert len(line["tokens"]) == len(line["logprobs"]) > 0
+            of_line = tokens[line["line"]]
+            assert len(of_line) == line["response_length"] > 0
+            text = b"".join(vocabulary[token] for token in of_line["token"]).decode()
+            assert text.startswith(line["response"])
+            assert (of_line["rollout_logprob"] <= 0).all()
             if line["reward"] == 1:
                 assert line["response"].endswith(f"\\boxed{{{line['gold_answer']}}}")
-            for values in line["per_token"].values():
-                assert len(values) == len(line["tokens"])
+            for name in TOKEN_DTYPE.names[2:]:
+                assert np.isfinite(of_line[name]).all() == line["trained"]
 
 
 def test_config_of_the_run_loads_back(trained: TrainingRun) -> None:

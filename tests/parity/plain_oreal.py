@@ -244,6 +244,9 @@ def _rollout_metrics(answers: Answers) -> dict[str, float]:
         "rollout/response_length_mean": float(length.mean()),
         "rollout/response_length_max": float(length.max()),
     }
+    for low in (0, 20, 40, 60, 80):
+        own = [low <= 100 * rate < low + 20 or (low == 80 and rate == 1) for rate in rates]
+        metrics[f"rollout/pass_rate_{low}_{low + 20}_share"] = sum(own) / len(own)
     for name, letter in (("correct", "+"), ("incorrect", "-"), ("unverified", "?")):
         own = length[torch.tensor([o == letter for o in answers.outcome])]
         if len(own):

@@ -177,6 +177,11 @@ def test_group_metrics_by_hand():
     assert group_metrics(groups) == pytest.approx(
         {
             "rollout/pass_rate": (2 / 3 + 1 + 0 + 1) / 4,
+            "rollout/pass_rate_0_20_share": 1 / 4,
+            "rollout/pass_rate_20_40_share": 0,
+            "rollout/pass_rate_40_60_share": 0,
+            "rollout/pass_rate_60_80_share": 1 / 4,
+            "rollout/pass_rate_80_100_share": 2 / 4,
             "rollout/nontrivial_share": 0.2,
             "rollout/all_correct_share": 0.2,
             "rollout/all_incorrect_share": 0.2,

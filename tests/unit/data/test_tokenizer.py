@@ -4,9 +4,16 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_oreal.config.errors import UserError
-from megatron_oreal.data.tokenizer import load_tokenizer, render_prompt, stop_token_id
+from megatron_oreal.data.tokenizer import (
+    load_tokenizer,
+    render_prompt,
+    stop_token_id,
+    token_bytes,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,3 +104,26 @@ def test_code_in_the_folder_is_not_run(tokenizer_folder: Path, tmp_path: Path) -
         config.read_text().replace("{", '{"auto_map": {"AutoTokenizer": ["evil.T", null]},', 1)
     )
     assert load_tokenizer(folder).eos_token == "<|im_end|>"
+
+
+def words(*tokens: str, decoder: object) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    raw.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|e▁nd|>")
+
+
+def test_bytes_of_byte_level_tokens() -> None:
+    found = token_bytes(words("Ġa", "Ã", "©Ċ", decoder=decoders.ByteLevel()))
+    assert found == [b" a", b"\xc3", b"\xa9\n", "<|e▁nd|>".encode()]
+
+
+def test_bytes_of_sentencepiece_tokens() -> None:
+    found = token_bytes(words("▁a", "<0xC3>", "é", decoder=decoders.ByteFallback()))
+    assert found == [b" a", b"\xc3", "é".encode(), "<|e▁nd|>".encode()]
+
+
+def test_bytes_of_whole_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert token_bytes(tokenizer)[:6] == [
+        *(b"<pad>", b"<unk>", b"<|im_start|>", b"<|im_end|>"),
+        *(b" ", b"!"),
+    ]

@@ -3,10 +3,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_oreal.monitor.transcripts import write_transcripts
+from megatron_oreal.monitor.transcripts import (
+    TOKEN_DTYPE,
+    read_lines,
+    read_tokens,
+    running_q,
+    write_transcripts,
+)
 from megatron_oreal.types import (
     Outcome,
     PackedBatch,
@@ -40,7 +47,13 @@ def group(index: int, samples: int = 4) -> RolloutGroup:
 
 def batch() -> PackedBatch:
     trajectory = Trajectory("q1", tokens=(7, 8, 1, 2), prompt_length=2, reward=1.0, advantage=0.5)
-    fields = {"token_weights": [torch.tensor([0.0, 0.5])], "entropy": [torch.tensor([1.5, 2.0])]}
+    fields = {
+        "logprobs": [torch.tensor([-0.5, -0.3125])],
+        "reference_logprobs": [torch.tensor([-0.25, -0.3125])],
+        "entropy": [torch.tensor([1.5, 2.0])],
+        "token_score": [torch.tensor([0.0, 2.0])],
+        "token_weight": [torch.tensor([0.0, 0.5])],
+    }
     return PackedBatch((trajectory,), (((0,),),), fields)
 
 
@@ -52,7 +65,7 @@ def read(path: Path | None) -> list[dict[str, Any]]:
 def test_a_record_holds_everything_of_its_rollout(tmp_path: Path) -> None:
     path = write_transcripts(tmp_path, 12, [group(0), group(1)], count=8, seed=0, batch=batch())
     records = read(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["iter_000012.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_000012.jsonl", "iter_000012.npz"]
     assert len(records) == 8
     assert records[6] == {
         "iteration": 12,
@@ -61,9 +74,8 @@ def test_a_record_holds_everything_of_its_rollout(tmp_path: Path) -> None:
         "prompt": "1+1?",
         "gold_answer": "2",
         "response": "1/2",
+        "response_length": 2,
         "stopped": True,
-        "tokens": [1, 2],
-        "logprobs": [-0.5, -0.25],
         "pass_rate": 1.0,
         "reward": 1.0,
         "advantage": 0.5,
@@ -73,9 +85,40 @@ def test_a_record_holds_everything_of_its_rollout(tmp_path: Path) -> None:
         "extracted": "2",
         "verify_s": 0.125,
         "trained": True,
-        "per_token": {"token_weights": [0.0, 0.5], "entropy": [1.5, 2.0]},
+        "score": 1.0,
     }
     assert [r["trained"] for r in records].count(True) == 1
+    assert path is not None
+    assert [line["line"] for line in read_lines(path)] == list(range(8))
+    tokens = read_tokens(path, [6, 7, 8])
+    assert tokens.keys() == {6, 7}
+    # token, rollout, policy - rollout, reference - policy, entropy, score, weight
+    assert tokens[6].tolist() == [
+        (1, -0.5, 0.0, 0.25, 1.5, 0.0, 0.0),
+        (2, -0.25, -0.0625, 0.0, 2.0, 2.0, 0.5),
+    ]
+    assert tokens[7]["token"].tolist() == [1, 3]
+    assert all(np.isnan(tokens[7][name]).all() for name in (TOKEN_DTYPE.names or ())[2:])
+
+
+def test_a_question_stands_with_its_correct_and_its_incorrect_answer(tmp_path: Path) -> None:
+    groups = [group(i) for i in range(20)]
+    pairs = [
+        Trajectory(f"q{i}", (7, 8, i, k), prompt_length=2, reward=1.0, advantage=0.5)
+        for i in range(20)
+        for k in (1, 3)
+    ]
+    trained = PackedBatch(tuple(pairs), (((0,),),))
+    records = read(write_transcripts(tmp_path, 0, groups, count=12, seed=0, batch=trained))
+    drawn = [(r["prompt_id"], r["sample"]) for r in records if r["trained"]]
+    whole = [prompt for prompt, sample in drawn if sample == 1 and (prompt, 3) in drawn]
+    assert len(whole) >= 3
+
+
+def test_running_mean_and_q() -> None:
+    means, q = running_q(np.array([0.0, 2.0, -5.0], np.float16))
+    assert means.tolist() == [0, 1, -1]
+    assert q == pytest.approx([0.5, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -109,7 +152,8 @@ def test_rollouts_not_yet_judged_and_hostile_text(tmp_path: Path) -> None:
     assert len(lines) == 2
     record = json.loads(lines[0])
     assert record["response"] == 'a\n{"kind"}\u2028\x00?'
-    assert record["logprobs"] == ["-inf"]
+    assert read_tokens(path, [0])[0]["rollout_logprob"].tolist() == [-np.inf]
+    assert record["score"] is None
     assert record["reward"] is record["outcome"] is record["advantage"] is None
 
 

@@ -1,0 +1,137 @@
+"""`megatron-oreal report`: one page of one run or more, once or again and again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_oreal.monitor.report.choose import choose
+from megatron_oreal.monitor.report.pack import pack, run_record
+from megatron_oreal.monitor.report.page import render
+from megatron_oreal.monitor.report.read import read_run
+from megatron_oreal.monitor.run_folder import atomic_write
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MAX_TOKENS = 1_000_000  # response tokens in a page, about 15 bytes each
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a page is to show.
+
+    Args:
+        folders: of the runs; the first is the main one.
+        iteration: whose transcripts are shown whole, all of them; None for a sample of the run.
+        refresh_s: how often the page loads itself again; 0 for never.
+        max_tokens: of all runs together.
+        seed: of the sample.
+    """
+
+    folders: tuple[Path, ...]
+    iteration: int | None = None
+    refresh_s: float = 0.0
+    max_tokens: int = MAX_TOKENS
+    seed: int = 0
+
+
+def read(request: Request) -> tuple[dict[str, Any], list[bytes]]:
+    """Returns the data of a page and its chunks of tokens.
+
+    Raises:
+        UserError: A folder holds no run, or one of its files cannot be read.
+    """
+    runs = [read_run(folder, iteration=request.iteration) for folder in request.folders]
+    whole = request.iteration is not None
+    share = request.max_tokens // len(runs)
+    chosen = [run.places if whole else choose(run.places, share, request.seed) for run in runs]
+    packed = pack(runs, chosen)
+    live = not all(run.finished for run in runs)
+    data = {
+        "runs": [run_record(run, i, packed) for i, run in enumerate(runs)],
+        "items": packed.items,
+        "pieces": packed.pieces,
+        "ids": packed.ids,
+        "iteration": request.iteration,
+        "refresh_s": request.refresh_s if live else 0,
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    }
+    return data, packed.chunks
+
+
+def write(request: Request, out: Path) -> dict[str, Any]:
+    """Writes the page, there whole or not at all, and returns its data."""
+    data, chunks = read(request)
+    names = ", ".join(dict.fromkeys(run["name"] for run in data["runs"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, render(f"{names} - OREAL run report", data, chunks))
+    return data
+
+
+def watch(
+    request: Request, out: Path, say: Callable[[str], None], sleep: Callable[[float], None]
+) -> None:
+    """Writes the page again whenever the run has written something, until all runs are finished."""
+    seen: list[int] = []
+    while True:
+        sizes = _sizes(request.folders)
+        if sizes != seen:
+            data = write(request, out)
+            seen = sizes
+            done = [_progress(run) for run in data["runs"]]
+            say(f"{out}: {', '.join(done)}")
+            if all(run["finished"] for run in data["runs"]):
+                return
+        sleep(request.refresh_s)
+
+
+def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what the page's overview says in words and numbers, one record a run."""
+    kept = ("name", "folder", "finished", "learned", "time", "phases", "reward_model", "alarms")
+    items = data["items"]
+    return [
+        {key: run[key] for key in kept}
+        | {"blamed": [_blamed(items[i]) for i in run["blamed"]], "transcripts": run["transcripts"]}
+        for run in data["runs"]
+    ]
+
+
+def words(data: dict[str, Any], out: Path) -> list[str]:
+    """Returns the overview's answers as lines for a terminal."""
+    lines = []
+    for run in summary(data):
+        lines += [
+            f"{run['name']}: {run['folder']}",
+            f"  learned: {run['learned']['verdict']}. {' '.join(run['learned']['said'])}",
+            f"  time: {' '.join(run['time'])}",
+            f"  token reward model: {' '.join(run['reward_model'])}",
+            *(f"  blamed: {_in_words(item)}" for item in run["blamed"]),
+            f"  alarms: {len(run['alarms']) or 'none'}",
+        ]
+    return [*lines, str(out)]
+
+
+def _in_words(item: dict[str, Any]) -> str:
+    blamed = item["blamed"]
+    before, own, after = blamed["context"]
+    text = f"iteration {item['iteration']}, ...{before}>>{own}<<{after}...".encode("unicode_escape")
+    return f"{text.decode()}: q {blamed['before']:.3f} -> {blamed['after']:.3f}"
+
+
+def _blamed(item: dict[str, Any]) -> dict[str, Any]:
+    kept = ("iteration", "prompt_id", "sample", "prompt", "gold_answer", "extracted", "blamed")
+    return {key: item.get(key) for key in kept}
+
+
+def _progress(run: dict[str, Any]) -> str:
+    done = len(run["train"].get("iteration", []))
+    return f"{run['name']} {done} of {run['iterations_planned'] or '?'} iterations"
+
+
+def _sizes(folders: Sequence[Path]) -> list[int]:
+    names = ("metrics.jsonl", "alarms.jsonl", "summary.json")
+    paths = [folder / name for folder in folders for name in names]
+    return [path.stat().st_size if path.exists() else -1 for path in paths]
