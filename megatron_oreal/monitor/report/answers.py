@@ -34,7 +34,7 @@ def learned(run: RunData) -> list[str]:
     sampled = _ends(run.train, "rollout/pass_rate")
     if sampled:
         change = _change(*sampled)
-        said.append(f"The pass rate of the questions it sampled {change}: its ends in the mean.")
+        said.append(f"The pass rate of the questions it sampled {change}, last against first.")
     if not said:
         said.append("Nothing measured says so: no evaluation, and no pass rate.")
     return said

@@ -67,7 +67,7 @@ function toggleTheme() {
 /** Goes to the next or previous answer of those that pass the filters. */
 function step(by) {
   const items = filtered(data, state);
-  const now = state.item ?? shown?.item.index;
+  const now = state.item ?? shown?.item.index ?? items[0]?.index;
   const place = items.findIndex((item) => item.index === now);
   const next = items[place < 0 ? 0 : Math.min(items.length - 1, Math.max(0, place + by))];
   if (next) go({ item: next.index, token: undefined });

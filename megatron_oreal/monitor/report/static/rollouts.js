@@ -47,7 +47,7 @@ function filters(data, state) {
     choices("f-rate", "pass rate", RATES, state.rate, (v) => set({ rate: v || undefined })),
     choices("f-trained", "trained on", [["", "all"], ["1", "only these"]], state.trained ? "1" : "", (v) => set({ trained: v ? 1 : undefined })),
     el("label", {}, "text", text),
-    el("button", { type: "button", textContent: "All", title: "Clear the filters", onclick: () => set({ run: undefined, from: undefined, to: undefined, outcome: undefined, rate: undefined, trained: undefined, text: undefined }) }));
+    el("button", { id: "f-clear", type: "button", textContent: "All", title: "Clear the filters", onclick: () => set({ run: undefined, from: undefined, to: undefined, outcome: undefined, rate: undefined, trained: undefined, text: undefined }) }));
 }
 
 function rollouts(main, data, state) {

@@ -24,6 +24,7 @@ async function tokensView(main, data, state) {
   main.replaceChildren(...tokenPanels(data, state, items));
   if (tokens) {
     if (tokens.scored) shown.plot = drawQ(tokens, document.getElementById("q-chart"), state);
+    await new Promise((resume) => setTimeout(resume)); // until the chart knows its scales
     pointAt(state.token ?? null, { scroll: true });
   }
   return null;
