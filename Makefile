@@ -117,7 +117,8 @@ test: $(STAMP) $(OVERLAY_STAMP)
 	stage "unit" $(PYTEST) tests/unit & wait
 	stage "parallel, parity" $(PYTEST) tests/parallel tests/parity
 	stage "parallel on $(NEWER_MEGATRON)" env PYTHONPATH=$(CURDIR)/$(OVERLAY) $(PYTEST) tests/parallel
-	stage "contracts, bad input" $(PYTEST) tests/contracts $(BAD_INPUT) &
+	{ stage "contracts, bad input" $(PYTEST) tests/contracts $(BAD_INPUT)
+	  stage "browser" $(PYTEST) tests/browser; } &
 	stage "integration" $(PYTEST) tests/integration $(BAD_INPUT:%=--ignore=%) & wait
 	echo
 	cat "$$rows"/*

@@ -56,6 +56,7 @@ EXTRAS = {
         "pytest>=9",
         "pytest-timeout>=2.4",  # a hung collective fails its test instead of the whole run
         "aiohttp>=3.14",  # the servers that a judge is tested against
+        "playwright>=1.60",  # drives Debian's Chromium over the report, as a reader would
         "hypothesis>=6.150",  # properties of packing, sampling and weight plans
         "ruff>=0.17,<0.18",
         "pyright[nodejs]>=1.1.414",  # the extra brings node as a wheel
