@@ -12,6 +12,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +43,7 @@ examples:
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
   megatron-oreal doctor --config configs/oreal_7b.yaml
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
+  megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --search --calibrate runs/first
   megatron-oreal plan weights --config configs/oreal_32b.yaml --ranks 128 --ranks-per-node 8
   megatron-oreal serve --config configs/my.yaml --port 8000
   megatron-oreal report runs/oreal
@@ -112,13 +114,27 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
 
 def _plan_run(options: argparse.Namespace, config: Config) -> str:
     from megatron_oreal.models.registry import read_model
-    from megatron_oreal.planner.plan import plan_run
-    from megatron_oreal.planner.table import table
+    from megatron_oreal.planner.calibrate import Calibration, calibrate, read_run
+    from megatron_oreal.planner.duration import assumptions_for
+    from megatron_oreal.planner.plan import plan_run, ranked_runs
+    from megatron_oreal.planner.table import ranking, ranking_dict, table
 
+    gpu, modules = GPUS[options.gpu], options.modules
+    found = Calibration(assumptions_for(config), ())
+    if options.calibrate:
+        measured = load_config([options.calibrate / "config.yaml"], [])
+        run = read_run(options.calibrate, measured)
+        found = calibrate(run, read_model(measured.model.path)[1], gpu, modules)
+    given = found.given
+    if options.mean_response_tokens:
+        given = replace(given, mean_response_tokens=float(options.mean_response_tokens))
     _, dims = read_model(config.model.path)
-    tokens = options.mean_response_tokens
-    plan = plan_run(config, dims, Cluster(GPUS[options.gpu], options.ranks), tokens)
-    return json.dumps(plan.as_dict()) if options.json else table(plan)
+    cluster = Cluster(gpu, options.ranks, modules)
+    if options.search:
+        plans = ranked_runs(config, dims, cluster, given)
+        return json.dumps(ranking_dict(plans)) if options.json else ranking(plans, found.measured)
+    plan = plan_run(config, dims, cluster, given)
+    return json.dumps(plan.as_dict()) if options.json else table(plan, found.measured)
 
 
 def _plan_weights(options: argparse.Namespace, config: Config) -> str:
@@ -297,6 +313,21 @@ def _plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         type=_positive,
         metavar="N",
         help="length of a response on average (a third of sampling.max_new_tokens)",
+    )
+    run.add_argument(
+        "--modules",
+        choices=("transformer_engine", "torch"),
+        default="transformer_engine",
+        help="what layers are made of there; the doctor says which (transformer_engine)",
+    )
+    run.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run on such GPUs that has ended: assumptions from its metrics",
+    )
+    run.add_argument(
+        "--search", action="store_true", help="rank the layouts that fit, the fastest first"
     )
     weights = _plan_subject(
         subjects, "weights", "plan what it takes to send engines their parts of new weights"

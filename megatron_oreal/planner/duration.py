@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from megatron_oreal.planner.hardware import GPUS_PER_NODE
 from megatron_oreal.planner.memory import (
-    FP32,
     checkpoint_bytes,
     data_parallel,
-    element_bytes,
     kv_bytes,
     model_copies,
 )
 from megatron_oreal.planner.sizes import (
+    FP32,
     Dims,
+    element_bytes,
     engine_parameters,
     parameters,
     stage_parameters,
@@ -68,6 +68,7 @@ class Duration:
     start: float
     checkpoints: float
     slots: int
+    tokens: float  # of all responses of an iteration
 
     @property
     def iteration(self) -> float:
@@ -130,6 +131,7 @@ def plan_duration(
         start=given.start_s,
         checkpoints=_checkpoints(config, dims) / given.storage,
         slots=slots,
+        tokens=responses * mean,
     )
 
 
@@ -207,7 +209,22 @@ def _passes(
     a_token = 2 * matrices + 2 * dims.query_rows * reach * dims.layers
     share = layout.tensor * layout.pipeline * layout.context
     a_stage = a_token * a_batch / share / (cluster.gpu.flops * given.train_share)
+    a_stage += _exchange(config, dims, cluster.gpu, given) * a_batch / layout.context
     return (batches + (layout.pipeline - 1) / layout.virtual_pipeline) * a_stage
+
+
+def _exchange(config: Config, dims: Dims, gpu: Gpu, given: Assumptions) -> float:
+    """Seconds that the layers of a stage exchange one token of a rank, forward.
+
+    Tensor parallelism gathers hidden states before two matrices and sums them up after two others;
+    context parallelism hands keys and values to the other ranks of its group.
+    """
+    layout, size = config.parallel, element_bytes(config)
+    summed = 4 * dims.hidden * (layout.tensor - 1) / layout.tensor
+    handed = 2 * dims.kv_rows / layout.tensor * (layout.context - 1)
+    in_node = layout.tensor * layout.context <= GPUS_PER_NODE
+    seconds = summed / gpu.link + handed / (gpu.link if in_node else gpu.network)
+    return size * seconds * dims.layers / layout.pipeline / given.network_share
 
 
 def _trajectories(config: Config, given: Assumptions) -> float:
@@ -229,14 +246,16 @@ def _gradients(config: Config, dims: Dims, cluster: Cluster, given: Assumptions)
 
 
 def _sync(config: Config, dims: Dims, gpu: Gpu, given: Assumptions) -> float:
-    """Seconds until every rank has seen every tensor whole and its engine has taken its part.
+    """Seconds until every engine's live parameters are the policy's.
 
-    A node holds a stage or more and receives the rest once, over all its network cards.
+    A node holds a stage or more and receives the rest once, over all its network cards; each rank
+    of an engine then gets its part, over NVLink, and writes it.
     """
     nbytes = parameters(dims) * element_bytes(config)
+    part = nbytes / config.rollout.tensor_parallel
     layout = config.parallel
     stages = min(layout.pipeline, max(1, GPUS_PER_NODE // layout.tensor))
     lacking = nbytes * (1 - stages / layout.pipeline)
     across = lacking / (GPUS_PER_NODE * gpu.network * given.network_share)
-    within = nbytes / (gpu.link * given.network_share)
-    return across + within + nbytes / (gpu.bandwidth * given.decode_share)
+    within = part / (gpu.link * given.network_share)
+    return across + within + part / (gpu.bandwidth * given.decode_share)

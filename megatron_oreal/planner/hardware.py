@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Modules = Literal["transformer_engine", "torch"]
 
 GIB = 1 << 30
 GPUS_PER_NODE = 8
@@ -27,10 +30,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`ranks` GPUs of a kind, in nodes of eight."""
+    """`ranks` GPUs of a kind, in nodes of eight, and whose modules layers are made of there."""
 
     gpu: Gpu
     ranks: int
+    modules: Modules = "transformer_engine"
 
 
 # Data sheets of the SXM modules; network: eight cards of 200 or 400 Gb/s in a DGX A100 or H100.

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_oreal.config.stages import layers_of_stages
+from megatron_oreal.planner.activations import LayerActivations
 from megatron_oreal.planner.hardware import GIB
 from megatron_oreal.planner.sizes import (
+    FP32,
     Dims,
     Head,
+    element_bytes,
     engine_parameters,
-    layer_parameters,
     parameters,
     stage_parameters,
     vocabulary_parameters,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 Phase = Literal["generate", "reference", "token_rm", "policy", "sync"]
 Parts = dict[str, int]
 
-FP32 = 4
 MOMENTS = 2 * FP32
 SAMPLER = 24  # bytes a logit of a sampled step: fp32 copies, sorted values and their places
 GRAPHS = GIB  # CUDA graphs of an engine
@@ -77,13 +78,8 @@ def plan_memory(config: Config, dims: Dims, cluster: Cluster) -> Memory:
         cluster: The GPUs of the run.
     """
     stages = range(config.parallel.pipeline)
-    found = [_stage(config, dims, cluster, stage) for stage in stages]
+    found = [plan_stage(config, dims, cluster, stage) for stage in stages]
     return max(found, key=lambda memory: memory.peak)
-
-
-def element_bytes(config: Config) -> int:
-    """Bytes of a weight or an activation."""
-    return 2 if config.model.precision == "bf16" else FP32
 
 
 def data_parallel(config: Config, ranks: int) -> int:
@@ -112,23 +108,29 @@ def kv_bytes(config: Config, dims: Dims) -> int:
     return 2 * dims.layers * rows * element_bytes(config)
 
 
-def _stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
+def plan_stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
+    """Returns the memory of one rank of a pipeline stage; pure."""
     resident = _models(config, dims, cluster.ranks, stage)
     engine, kv_tokens = _engine(config, dims, cluster.gpu)
     resident |= engine | {"reserve": RESERVE}
-    layer = _layer_activations(config, dims)
+    layer = LayerActivations(config, dims, cluster.modules)
     layers = layers_of_stages(config.parallel, dims.layers)[stage]
-    kept = math.ceil(_kept_activations(config, dims) * layers * _in_flight(config, stage))
-    # One layer more: what its backward pass holds while it runs.
-    training = {"activations": kept + layer}
-    scoring = {"activations": 2 * layer}
     last = stage == config.parallel.pipeline - 1
+    kept = math.ceil(layer.kept * layers * _in_flight(config, stage))
+    kept += layer.last_norm if last else 0
+
+    def runs(activations: int, at_work: int, head: int) -> Parts:
+        # The head's buffers are gone when layers run backward: of the two the larger counts.
+        larger = max(0, at_work - head)
+        return resident | {"activations": activations, "head": head, "layer at work": larger}
+
+    scored, trained = (_head(config, dims, last, trains=trains) for trains in (False, True))
     phases: dict[Phase, Parts] = {
         "generate": resident,
-        "reference": resident | scoring | _head(config, dims, last, trains=False),
-        "token_rm": resident | training,
-        "policy": resident | training | _head(config, dims, last, trains=True),
-        "sync": resident | {"staging": _staging(config, dims)},
+        "reference": runs(0, layer.forward, scored),
+        "token_rm": runs(kept, layer.backward, _scalar_head(config, dims, last)),
+        "policy": runs(kept, layer.backward, trained),
+        "sync": resident | {"staging": _staging(config)},
     }
     if config.oreal.token_weights.kind == "none":
         del phases["token_rm"]
@@ -165,46 +167,28 @@ def _in_flight(config: Config, stage: int) -> float:
     return (ahead + 1) / layout.virtual_pipeline
 
 
-def _kept_activations(config: Config, dims: Dims) -> int:
-    """Bytes that one layer keeps of a micro-batch until its backward pass: less if recomputed."""
-    layout = config.parallel
-    whole = _layer_activations(config, dims)
-    tokens = config.engine.tokens_per_micro_batch / layout.context
-    size = tokens * element_bytes(config)
-    if config.engine.recompute == "selective":
-        return whole - int(4 * dims.ffn / layout.tensor * size)
-    if config.engine.recompute == "full":
-        shared = layout.tensor if layout.sequence_parallel else 1
-        return math.ceil(dims.hidden / shared * size)
-    return whole
-
-
-def _layer_activations(config: Config, dims: Dims) -> int:
-    """Bytes that one layer needs for its backward pass, of one micro-batch.
-
-    A token keeps 4 h (residual and normed input of both halves), q, k, v and the attention's
-    output, and 4 f: gate and up, silu(gate), and the product that the last projection reads.
-    """
-    layout = config.parallel
-    shared = layout.tensor if layout.sequence_parallel else 1
-    cut = 2 * dims.query_rows + 2 * dims.kv_rows + 4 * dims.ffn
-    a_token = 4 * dims.hidden / shared + cut / layout.tensor
-    tokens = config.engine.tokens_per_micro_batch / layout.context
-    return math.ceil(a_token * tokens * element_bytes(config))
-
-
-def _head(config: Config, dims: Dims, last: bool, *, trains: bool) -> Parts:
+def _head(config: Config, dims: Dims, last: bool, *, trains: bool) -> int:
     """The language-model head: gathered hidden states, a chunk's logits, the weight's gradient."""
     if not last:
-        return {}
+        return 0
     size, tensor = element_bytes(config), config.parallel.tensor
     tokens = config.engine.tokens_per_micro_batch / config.parallel.context
-    hidden = tokens * dims.hidden * size
+    hidden = 2 * tokens * dims.hidden * size  # all positions and those scored, or their gradient
     logits = config.engine.head_chunk_tokens * math.ceil(dims.vocab / tensor)
+    converted = 0 if size == FP32 else FP32 + size
     if not trains:
-        return {"head": math.ceil(hidden + 2 * FP32 * logits)}
-    gradient = vocabulary_parameters(dims, tensor) * (FP32 + size)
-    return {"head": math.ceil(2 * hidden + (2 * FP32 + FP32 + size) * logits + gradient)}
+        return math.ceil(hidden + 2 * FP32 * logits)
+    gradient = vocabulary_parameters(dims, tensor) * (FP32 + (0 if size == FP32 else size))
+    return math.ceil(hidden + (2 * FP32 + converted) * logits + gradient)
+
+
+def _scalar_head(config: Config, dims: Dims, last: bool) -> int:
+    """The token reward model's head scores hidden states in fp32: a copy of them in bf16."""
+    if not last or element_bytes(config) == FP32:
+        return 0
+    shared = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    tokens = config.engine.tokens_per_micro_batch / config.parallel.context
+    return math.ceil(FP32 * tokens * dims.hidden / shared)
 
 
 def _engine(config: Config, dims: Dims, gpu: Gpu) -> tuple[Parts, int]:
@@ -221,9 +205,6 @@ def _engine(config: Config, dims: Dims, gpu: Gpu) -> tuple[Parts, int]:
     return parts, cache // kv_bytes(config, dims)
 
 
-def _staging(config: Config, dims: Dims) -> int:
-    """Packed buffers out and in, whole tensors of a round, and a layer that the engine collects."""
-    size = element_bytes(config)
-    largest = size * vocabulary_parameters(dims)
-    a_round = max(config.rollout.sync_round_mib * _MIB, largest)
-    return 2 * a_round + size * layer_parameters(dims)
+def _staging(config: Config) -> int:
+    """Packed buffers out and in: weights go straight into the engine's, a round at a time."""
+    return 2 * config.rollout.sync_round_mib * _MIB

@@ -9,9 +9,11 @@ from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.config.validate import ModelSizes
 
 if TYPE_CHECKING:
-    from megatron_oreal.config.schema import ParallelConfig
+    from megatron_oreal.config.schema import Config, ParallelConfig
 
 Head = Literal["vocab", "scalar"]
+
+FP32 = 4
 
 
 class Dims(ModelSizes, Protocol):
@@ -29,6 +31,11 @@ class Dims(ModelSizes, Protocol):
     def query_rows(self) -> int: ...  # noqa: D102
     @property
     def kv_rows(self) -> int: ...  # noqa: D102
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.model.precision == "bf16" else FP32
 
 
 def layer_parameters(dims: Dims, tensor: int = 1, kv_copies: int = 1) -> int:

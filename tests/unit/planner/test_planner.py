@@ -17,6 +17,7 @@ from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config, ParallelConfig
 from megatron_oreal.models.qwen2 import QWEN2
 from megatron_oreal.models.registry import read_model
+from megatron_oreal.planner.activations import LayerActivations
 from megatron_oreal.planner.duration import (
     assumptions_for,
     decode_seconds,
@@ -24,10 +25,11 @@ from megatron_oreal.planner.duration import (
     response_lengths,
 )
 from megatron_oreal.planner.hardware import GIB, GPUS, Cluster
-from megatron_oreal.planner.memory import kv_bytes, plan_memory
-from megatron_oreal.planner.plan import nearest_that_fit, plan_run
+from megatron_oreal.planner.memory import kv_bytes, plan_memory, plan_stage
+from megatron_oreal.planner.plan import plan_run, ranked_runs
+from megatron_oreal.planner.search import layout_of, nearest_that_fit
 from megatron_oreal.planner.sizes import engine_parameters, parameters, stage_parameters
-from megatron_oreal.weights.cluster import MegatronLayout
+from megatron_oreal.weights.cluster import MegatronLayout, plan_of_run
 from megatron_oreal.weights.vllm_layout import vllm_regions
 from tests.unit.weights.toy import DIMS, TIED
 
@@ -79,32 +81,61 @@ def test_memory_of_the_7b_recipe_by_hand() -> None:
     assert parts["weights"] == 2 * (2 * policy + token_rm)
     assert parts["gradients"] == 4 * (policy + token_rm)
     assert parts["optimizer"] == math.ceil(12 * policy / 8) + math.ceil(12 * token_rm / 8)
-    # 4 h + 2 (q + kv) rows + 4 f elements of two bytes a token and layer, cut by 4; 28 + 1 layers.
-    elements = 4 * 3584 + 2 * 3584 + 2 * 512 + 4 * 18_944
-    assert parts["activations"] == 29 * 16_384 * elements * 2 // 4
-    assert sum(parts.values()) == memory.peak
-    assert memory.peak_phase == "policy"
+    # A token and layer keep (4 h + 3 (q + kv)) / 4 + 4 d elements of two bytes: MLPs are computed
+    # again. The last norm keeps 2 h / 4.
+    kept = (4 * 3584 + 3 * (3584 + 512)) // 4 + 4 * 128
+    assert parts["activations"] == 16_384 * 2 * (28 * kept + 2 * 3584 // 4)
+    # Hidden states twice, 14 bytes a logit of a chunk, the output's gradient in fp32 and bf16.
+    output = 152_064 // 4
+    assert parts["head"] == 16_384 * 2 * 2 * 3584 + 14 * 512 * output + 6 * output * 3584
+    # The layer at work computes 5 f / 4 again and has gradients of 2 (f + h) / 4, two whole hidden
+    # states, and the gradient of its largest matrix, 2 f h / 4.
+    at_work = 16_384 * 2 * (7 * 18_944 // 4 + 2 * 3584 // 4 + 2 * 3584) + 2 * 18_944 * 3584 // 4 * 2
+    assert parts["layer at work"] == at_work - parts["head"]
+    assert memory.phases["sync"]["staging"] == 2 << 28
+    assert sum(memory.phases["token_rm"].values()) == memory.peak
+    assert memory.peak_phase == "token_rm"
     assert kv_bytes(recipe("oreal_7b"), QWEN_7B) == 2 * 28 * 2 * 128 * 2
 
 
 def test_activations_of_other_layouts_by_hand() -> None:
-    """A layer of the recipe above needs 16,384 x (4 h + 2 (q + kv) + 4 f) / 4 x 2 bytes."""
-    elements = 4 * 3584 + 2 * 3584 + 2 * 512 + 4 * 18_944
-    layer = 16_384 * elements * 2 // 4
-    mlp, residual = 16_384 * 18_944 * 2, 16_384 * 3584 * 2 // 4
+    """Elements of two bytes that a token of the recipe above keeps in a layer, by tensor ranks."""
+    plain, cut = 4 * 128, (4 * 3584 + 3 * (3584 + 512) + 5 * 18_944) // 4
+    tokens = 16_384 * 2
+    layer, norm = tokens * (plain + cut), tokens * 2 * 3584 // 4
 
     def activations(*overrides: str) -> int:
-        found = plan_memory(recipe("oreal_7b", *overrides), QWEN_7B, A100)
-        return found.phases["policy"]["activations"]
+        config = recipe("oreal_7b", "engine.recompute=none", *overrides)
+        return plan_stage(config, QWEN_7B, A100, 0).phases["policy"]["activations"]
 
-    assert activations("engine.recompute=selective") == 28 * (layer - mlp) + layer
-    assert activations("engine.recompute=full") == 28 * residual + layer
-    assert activations("parallel.context=2") == 29 * layer // 2
+    assert activations() == 28 * layer + norm
+    assert activations("engine.recompute=full") == 28 * tokens * 3584 // 4 + norm
+    assert activations("parallel.context=2") == (28 * layer + norm) // 2
     # The first of two stages of 14 layers has two micro-batches in flight; interleaved by two, five
     # of seven layers each.
-    assert activations("parallel.pipeline=2") == 29 * layer
+    assert activations("parallel.pipeline=2") == 28 * layer
     interleaved = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
-    assert activations(*interleaved) == 14 * 5 * layer // 2 + layer
+    assert activations(*interleaved) == 14 * 5 * layer // 2
+
+
+def test_layers_of_torch_modules_keep_more() -> None:
+    """Norms three hidden states, not two; attention a further q, its output in parts; masks."""
+    config = recipe("oreal_7b", "engine.recompute=none")
+    other = Cluster(A100.gpu, A100.ranks, "torch")
+    layers = [LayerActivations(config, QWEN_7B, c.modules) for c in (A100, other)]
+    assert layers[1].whole - layers[0].whole == 16_384 * 2 * (2 * 3584 + 3584) // 4
+    shared = recipe("oreal_7b", "engine.recompute=none", "parallel.context=2")
+    masks = 4 * 5 / 16 * 16_384 * 16_384
+    fewer = (3 * 3584 + 4 * 512 - 4 * 3584 - 3 * 512) // 4  # keys and values of both ranks
+    found = LayerActivations(shared, QWEN_7B, "torch").whole
+    assert found == layers[1].whole // 2 + 16_384 * fewer + masks
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("oreal_7b", 32), ("oreal_32b", 128)])
+def test_staging_covers_what_the_weight_plan_needs(name: str, ranks: int) -> None:
+    config = recipe(name, f"model.path={ROOT}/configs/models/qwen2.5-{name.removeprefix('oreal_')}")
+    plan = plan_of_run(config, ranks=ranks, ranks_per_node=8, whole_tensors=False, rollout_ranks=0)
+    assert 0 < plan.summary().peak_staging <= 2 * config.rollout.sync_round_mib << 20
 
 
 def test_context_parallel_ranks_share_the_optimizer() -> None:
@@ -129,12 +160,43 @@ def test_every_recipe_fits_its_cluster(name: str, end: str) -> None:
     plan = plan_run(config, dims, cluster)
     assert plan.memory.peak <= cluster.gpu.memory
     assert plan.duration.slots * 1000 < plan.memory.kv_tokens
+    peak, seconds = plan.memory.peak / GIB, plan.duration.iteration
+    planned = f"# Planned:      {peak:.1f} GiB of a GPU at most, {seconds:.0f} s an iteration, "
+    assert planned in (ROOT / "configs" / f"{name + end}.yaml").read_text()
 
 
 def test_the_published_run_within_a_factor_of_two() -> None:
     """OREAL-7B: 90 iterations on 32 A100 in nine hours (arXiv:2502.06781)."""
     hours = plan_run(recipe("oreal_7b"), QWEN_7B, A100).duration.run / 3600
     assert 4.5 <= hours <= 18
+
+
+def test_the_published_run_by_the_arithmetic_of_the_docs() -> None:
+    """docs/planner.md, "Against the published run", line by line."""
+    plan = plan_run(recipe("oreal_7b"), QWEN_7B, A100)
+    phases = plan.duration.phases
+    # Generating: 64 responses an engine of two GPUs, all at once.
+    lengths = response_lengths(64, plan.config, plan.given)
+    assert plan.duration.slots > 64
+    read = (7_615_616_512 - 2 * 152_064 * 3584) + 152_064 * 3584  # all but the embedding
+    a_step = read / 2 * 2 / (2039e9 * 0.45) + 56 * 15e-6
+    a_token = 28_672 / (2039e9 * 0.45)  # 2 k v, 28 layers, 2 heads of 128, 2 bytes, of the cache
+    steps, tokens = max(lengths), sum(lengths)
+    cached = sum(300 * n + n * n / 2 for n in lengths)
+    by_hand = steps * a_step + tokens * 20e-6 + cached * a_token
+    assert phases["generate"] == pytest.approx(by_hand, rel=0.01)
+    # Training: 64 x 1.6 trajectories, 300 tokens of question each, over eight ranks.
+    mean = 300 + tokens / 64
+    reach = sum((300 + n) ** 2 for n in lengths) / (64 * mean)
+    assert math.ceil(102.4 * mean / 14_745.6 / 8) == 5
+    operations = 2 * read + 2 * 3584 * reach * 28
+    summed = 4 * 3584 * 3 / 4 * 2 * 28 / (300e9 * 0.7)
+    one_pass = 5 * 14_745.6 * (operations / 4 / (312e12 * 0.4) + summed)
+    assert phases["reference"] == pytest.approx(one_pass)
+    assert phases["policy"] == pytest.approx(4 * one_pass, rel=0.1)
+    others = 300 + 9 * 2 * 12 * 7_615_616_512 / 2e9
+    run = 80 * plan.duration.iteration + 10 * sum(plan.duration.frozen.values()) + others
+    assert plan.duration.run == pytest.approx(run)
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_three_that_do() -> None:
@@ -161,6 +223,17 @@ def test_where_nothing_fits_the_refusal_says_so() -> None:
     small = Cluster(GPUS["a100-40"], 8)
     with pytest.raises(UserError, match="no layout fits: take more or larger GPUs"):
         plan_run(recipe("oreal_7b"), QWEN_7B, small)
+
+
+def test_the_search_ranks_what_fits() -> None:
+    config = recipe("oreal_7b")
+    plans = ranked_runs(config, QWEN_7B, A100, assumptions_for(config))
+    assert all(plan.memory.fits for plan in plans)
+    hours = [plan.duration.run for plan in plans]
+    assert hours == sorted(hours)
+    assert hours[0] <= plan_run(config, QWEN_7B, A100).duration.run
+    layouts = {tuple(layout_of(plan.config).values())[:-1] for plan in plans}
+    assert len(layouts) == len(plans) > 100
 
 
 class Constant:
@@ -205,14 +278,17 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "32 x a100-80" in out
     assert "taken for granted (docs/planner.md)" in out
+    assert "fits: the peak, " in out
+    assert "tokens/s while it generates" in out
     assert main(arguments("--json", "--mean-response-tokens", "2000")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["assumptions"]["mean_response_tokens"] == 2000
-    assert found["bytes"]["peak"] == sum(found["bytes"]["phases"]["policy"].values())
+    assert found["bytes"]["peak"] == sum(found["bytes"]["phases"]["token_rm"].values())
+    assert found["tokens_per_s"]["generate"] > found["tokens_per_s"]["iteration"]
 
 
 def test_the_command_refuses_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments("parallel.tensor=1")) == 2
+    assert main(arguments("parallel.tensor=1", "engine.recompute=none")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nearest that fit: parallel.tensor=" in line
 

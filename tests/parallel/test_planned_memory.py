@@ -1,0 +1,163 @@
+"""The planner's bytes against those that policy, reference and token_rm allocate on the CPU.
+
+Torch's own profiler reports every allocation and every release of its CPU allocator: their running
+sum is the memory of a rank, temporary buffers inside of operators included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_oreal.algorithm import objectives
+from megatron_oreal.config.schema import Config, OrealConfig, SamplingConfig
+from megatron_oreal.models.registry import read_model
+from megatron_oreal.parallel import topology
+from megatron_oreal.parallel.collectives import world_size
+from megatron_oreal.planner.hardware import GPUS, Cluster
+from megatron_oreal.planner.memory import Phase, plan_stage
+from megatron_oreal.types import Trajectory
+from tests.ranks import RankPools
+from tests.toy_models import (
+    make_config,
+    make_policy,
+    make_reference,
+    make_token_rm,
+    open_models,
+    pack,
+    write_toy,
+)
+
+pytestmark = pytest.mark.parallel
+
+VOCAB = 1024
+MODEL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+}
+TRAJECTORIES, LENGTH, SHORT = 4, 256, 8
+BUDGET = 2 * LENGTH
+ALLOWED = 0.10
+PHASES: tuple[Phase, ...] = ("reference", "token_rm", "policy")
+NOT_COUNTED = ("engine weights", "engine work space", "KV cache", "reserve")
+
+
+class Layout(NamedTuple):
+    """A layout of two ranks, and what of the engine's section differs."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    budget: int = BUDGET
+    recompute: str = "none"
+
+
+LAYOUTS = {
+    "tp2": Layout(tp=2),
+    "pp2": Layout(pp=2),
+    "cp2": Layout(cp=2),
+    "dp2": Layout(),
+    "tp2, half the budget": Layout(tp=2, budget=BUDGET // 2),
+    "dp2, MLPs recomputed": Layout(recompute="selective"),
+    "pp2, all recomputed": Layout(pp=2, recompute="full"),
+}
+
+
+class Bytes(NamedTuple):
+    """The most that a rank held in each phase, as counted and as planned."""
+
+    counted: dict[Phase, int]
+    planned: dict[Phase, int]
+
+
+def make_phases(config: Config) -> Callable[[int], dict[Phase, Callable[[], object]]]:
+    """Builds the models; the result turns a length of trajectories into what each phase does."""
+    source = open_models(config)
+    policy, token_rm = make_policy(source), make_token_rm(source)
+    reference = make_reference(source)
+
+    def phases(length: int) -> dict[Phase, Callable[[], object]]:
+        tokens = tuple(torch.arange(length).tolist())
+        trajectories = [
+            Trajectory(str(i), tokens, length // 8, (-1.0) ** i, (-1.0) ** i)
+            for i in range(TRAJECTORIES)
+        ]
+        ones = [torch.ones(trajectory.response_length) for trajectory in trajectories]
+        batch = pack(trajectories, config.engine.tokens_per_micro_batch)
+        batch = batch.with_fields(**objectives.policy_fields(trajectories, ones, ones))
+        counts = objectives.count_tokens(trajectories)
+        objective = objectives.policy_objective(OrealConfig(), *counts)
+        score_objective = objectives.token_rm_objective(TRAJECTORIES)
+        return {
+            "reference": lambda: reference.logprobs(batch),
+            "token_rm": lambda: token_rm.step(batch, score_objective, 1e-5),
+            "policy": lambda: policy.step(batch, objective, 1e-5),
+        }
+
+    return phases
+
+
+def count(config: Config) -> dict[Phase, int]:
+    """The most that this rank holds in each phase; collective over the world."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        phases = make_phases(config)
+        for run in phases(SHORT).values():  # optimizers make their moments in their first step
+            run()
+        for name, run in phases(LENGTH).items():
+            with record_function(f"phase {name}"):
+                run()
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    times = [at for at, _ in changes]
+    held = list(zip(times, accumulate(nbytes for _, nbytes in changes), strict=True))
+    spans = {e.name(): (e.start_ns(), e.end_ns()) for e in events if e.name().startswith("phase ")}
+    most = {}
+    for phase in PHASES:
+        start, end = spans[f"phase {phase}"]
+        most[phase] = max(total for at, total in held if start <= at <= end)
+    return most
+
+
+def count_and_plan(folder: Path, layout: Layout) -> Bytes:
+    """Both for this rank; collective over the world."""
+    config = make_config(
+        folder,
+        tokens_per_micro_batch=layout.budget,
+        recompute=layout.recompute,
+        head_chunk_tokens=32,
+    )
+    sampling = SamplingConfig(max_new_tokens=LENGTH // 2, max_total_tokens=LENGTH)
+    config = replace(config, sampling=sampling)
+    cluster = Cluster(GPUS["h100-80"], world_size(), "torch")
+    _, dims = read_model(folder)
+    parts = plan_stage(config, dims, cluster, topology.current().pp_rank).phases
+    planned: dict[Phase, int] = {
+        phase: sum(size for part, size in parts[phase].items() if part not in NOT_COUNTED)
+        for phase in PHASES
+    }
+    return Bytes(count(config), planned)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("planned") / "toy", "qwen2", **MODEL)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_memory_is_as_planned(ranks: RankPools, folder: Path, layout: Layout) -> None:
+    """Weights, gradients, optimizers, activations and heads; the engine is not the trainer's."""
+    degrees = {"tp": layout.tp, "pp": layout.pp, "cp": layout.cp}
+    found = ranks(2).run(count_and_plan, folder, layout, **degrees)
+    for rank in found:
+        assert rank.planned == pytest.approx(rank.counted, rel=ALLOWED)
