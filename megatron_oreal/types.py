@@ -29,7 +29,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question, tokenised once; `tokens` hold the chat template and the generation prefix."""
+    """One question, tokenised once; `tokens` hold the chat template and the generation prefix.
+
+    `data_source` chooses the verifier; `category` is what results are broken down by.
+    """
 
     id: str
     question: str
@@ -37,6 +40,7 @@ class Prompt:
     tokens: tuple[int, ...]
     data_source: str = ""
     pass_rate: float | None = None
+    category: str = ""
 
 
 @dataclass(frozen=True, slots=True)

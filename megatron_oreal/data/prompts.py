@@ -26,6 +26,7 @@ class QuestionRecord(msgspec.Struct, frozen=True):
     id: str | int | None = None
     pass_rate: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     data_source: str = ""
+    category: str = ""
 
 
 def load_prompts(
@@ -71,6 +72,14 @@ def load_prompts(
                 " the line"
             )
         prompts.append(
-            Prompt(identity, question, gold_answer, tokens, record.data_source, record.pass_rate)
+            Prompt(
+                identity,
+                question,
+                gold_answer,
+                tokens,
+                record.data_source,
+                record.pass_rate,
+                record.category,
+            )
         )
     return prompts
