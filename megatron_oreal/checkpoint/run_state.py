@@ -18,7 +18,7 @@ _LIBRARIES = ("megatron-oreal", "megatron-core", "torch", "transformers", "vllm"
 # What changes where, how fast or how often, but not what is computed; layouts differ by rounding.
 _HARMLESS = (
     *("run.name", "run.folder", "parallel.", "engine.", "rollout."),
-    *("evaluation.", "monitor.", "profile.", "watchdog.", "export.", "checkpoint."),
+    *("evaluation.", "monitor.", "profile.", "alarms.", "watchdog.", "export.", "checkpoint."),
     *("verifier.workers_per_rank", "verifier.unverified_alarm_share"),
     *("judge.hosts", "judge.api_key_variable", "judge.concurrency", "judge.queue"),
     *("judge.attempts", "judge.backoff_s", "judge.request_deadline_s", "judge.deadline_s"),

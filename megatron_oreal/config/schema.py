@@ -18,7 +18,7 @@ from megatron_oreal.config.checks import (
     share_below_one,
 )
 from megatron_oreal.config.schema_data import DataConfig, DemonstrationColumns, EvaluationConfig
-from megatron_oreal.config.schema_health import WatchdogConfig
+from megatron_oreal.config.schema_health import AlarmsConfig, WatchdogConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -365,6 +365,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from megatron_oreal.config.checks import at_least
+from megatron_oreal.config.checks import at_least, share
+
+AlarmAction = Literal["alarm", "skip", "stop"]
+
+
+@dataclass(frozen=True)
+class AlarmsConfig:
+    """Bounds of what a healthy run shows, 0 for none, and what happens beyond them."""
+
+    min_pass_rate: float = 0.01
+    min_entropy: float = 0.01
+    max_mismatch: float = 0.1
+    iterations: int = 3
+    on_pass_rate: AlarmAction = "alarm"
+    on_entropy: AlarmAction = "alarm"
+    on_mismatch: AlarmAction = "alarm"
+    on_engine_logprobs: AlarmAction = "skip"
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of this section."""
+        share(self, "min_pass_rate")
+        at_least(self, 0, "min_entropy", "max_mismatch")
+        at_least(self, 1, "iterations")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,15 @@ Load = Callable[[Mapping[str, torch.Tensor]], None]
 """Fills this rank's parameters, by name; may be collective over the world."""
 
 
+Refuse = Callable[[Mapping[str, Sequence[torch.Tensor]]], str]
+"""Says, of the per-token values of a step, why it is not to be taken; empty if it is."""
+
+
+def refuse_nothing(_values: Mapping[str, Sequence[torch.Tensor]]) -> str:
+    """Lets every step be taken."""
+    return ""
+
+
 class Head(Protocol):
     """Turns the last stage's hidden states into a loss and the per-token values of these names."""
 
@@ -76,7 +85,7 @@ class Head(Protocol):
 class StepResult(NamedTuple):
     """`per_token[name][i]` is `[response_length of trajectory i]`, as it was before the update.
 
-    `refused` names what was not finite, so that no weight was changed; empty after an update.
+    `refused` says why no weight was changed; empty after an update.
     """
 
     per_token: dict[str, list[torch.Tensor]]
@@ -184,11 +193,13 @@ class MegatronModel:
         head: Head,
         learning_rate: float,
         advance: Advance = advance_nothing,
+        refuse: Refuse = refuse_nothing,
     ) -> StepResult:
         """Runs the batch forward and backward and updates the weights once, if all is finite.
 
         Collective over the world, whose ranks all update or all refuse to. The values returned are
-        those of the forward pass before the update. `advance`: see `infer`.
+        those of the forward pass before the update. `advance`: see `infer`. `refuse` may refuse
+        the step as well: it must say the same on every rank.
         """
         assert self._optimizer is not None, "a frozen model takes no step"
         set_learning_rate(self._optimizer, learning_rate)
@@ -207,7 +218,8 @@ class MegatronModel:
             grad_norm = gradient_norm(self._optimizer)
             # The sum is the same on every rank, and not finite if the norm of any is not.
             norms = float(all_reduce_sum(torch.tensor(grad_norm)))
-            refused = not_finite(per_token, total, norms)
+            wrong = not_finite(per_token, total, norms)
+            refused = f"{wrong} not finite" if wrong else refuse(per_token)
             if not refused:
                 self._optimizer.step()
         return StepResult(per_token, total, grad_norm, refused)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
 from megatron_oreal.engine.heads import LogprobHead, SequenceObjective, TokenScoreHead
-from megatron_oreal.engine.megatron_model import Load, MegatronModel
+from megatron_oreal.engine.megatron_model import Load, MegatronModel, Refuse, refuse_nothing
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.heads import Objective
 from megatron_oreal.parallel.topology import Topology
@@ -19,7 +19,7 @@ from megatron_oreal.types import Advance, PackedBatch, advance_nothing
 class PolicyStep(NamedTuple):
     """Per trajectory `[response_length]`, from the forward before the update; entropies in nats.
 
-    `refused` names what was not finite, where no weight was changed for it.
+    `refused` says why no weight was changed, where none was.
     """
 
     logprobs: list[torch.Tensor]
@@ -32,7 +32,7 @@ class PolicyStep(NamedTuple):
 class TokenRewardStep(NamedTuple):
     """Token scores per trajectory `[response_length]`, from the forward before the update.
 
-    `refused` names what was not finite, where no weight was changed for it.
+    `refused` says why no weight was changed, where none was.
     """
 
     scores: list[torch.Tensor]
@@ -79,10 +79,11 @@ class Policy(Reference):
         objective: Objective,
         learning_rate: float,
         advance: Advance = advance_nothing,
+        refuse: Refuse = refuse_nothing,
     ) -> PolicyStep:
         """Takes one step down the objective of every response token; collective over the world."""
         head = replace(self._head, objective=objective)
-        result = self.model.step(batch, head, learning_rate, advance)
+        result = self.model.step(batch, head, learning_rate, advance, refuse)
         values = result.per_token
         return PolicyStep(
             values["logprobs"],
@@ -112,13 +113,14 @@ class TokenRewardModel:
         objective: SequenceObjective,
         learning_rate: float,
         advance: Advance = advance_nothing,
+        refuse: Refuse = refuse_nothing,
     ) -> TokenRewardStep:
         """Takes one step down the objective of each trajectory's mean score.
 
         Collective over the world.
         """
         head = replace(self._head, objective=objective)
-        result = self.model.step(batch, head, learning_rate, advance)
+        result = self.model.step(batch, head, learning_rate, advance, refuse)
         return TokenRewardStep(
             result.per_token["scores"],
             loss=result.loss,

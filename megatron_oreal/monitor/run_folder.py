@@ -92,6 +92,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def alarms(self) -> Path:
+        """One line of JSON where an alarm begins or ends, see `monitor/alarms.py`."""
+        return self.root / "alarms.jsonl"
+
+    @property
     def ranks(self) -> Path:
         """Where each rank is, see `whereabouts`, and what is left of one that failed."""
         return self.root / "ranks"

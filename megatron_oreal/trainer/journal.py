@@ -116,6 +116,11 @@ class Journal:
         if self.enabled:
             self.console.print(table)
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What is known of the iteration that is under way."""
+        return self._metrics
+
     def add(self, metrics: Mapping[str, float]) -> None:
         """Adds metrics to the iteration that is under way."""
         self._metrics |= metrics
@@ -129,18 +134,9 @@ class Journal:
     def groups(self, groups: Sequence[RolloutGroup]) -> None:
         """Records what was sampled and how it was judged."""
         self.add(rollout_diagnostics.group_metrics(groups))
-        self._watch_unverified(self._metrics["rollout/unverified_share"])
-
-    def _watch_unverified(self, share: float) -> None:
-        """Raises the alarm where nobody could decide more of the answers than the config allows."""
         bound = self.config.verifier.unverified_alarm_share
-        self.add({"rollout/unverified_alarm": float(share > bound)})
-        if share > bound:
-            self.say(
-                f"alarm: nobody could decide {share:.1%} of the answers, more than"
-                f" verifier.unverified_alarm_share={bound:g}; the reasons are in"
-                f" {self.folder.rollouts}"
-            )
+        alarm = self._metrics["rollout/unverified_share"] > bound
+        self.add({"rollout/unverified_alarm": float(alarm)})
 
     def token_rm(self, batch: PackedBatch, step: TokenRewardStep, rate: float) -> None:
         """Records the token reward model's quality on a batch, before its own step."""

@@ -19,6 +19,7 @@ from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.probe import check_difference
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Advance, PackedBatch
 
@@ -38,6 +39,7 @@ class OrealLoop:
     rates: Rates
     journal: Journal
     skipped: SkippedSteps
+    alarms: RunAlarms
     engine_checked: bool = False
 
     def iterate(self, iteration: int) -> None:
@@ -47,6 +49,7 @@ class OrealLoop:
         prompts = self.prompts.next_batch(cfg.data.questions_per_iteration)  # l. 4
         judged = self.source.answer(prompts, iteration)  # l. 5-6
         journal.groups(judged)
+        self.alarms.sampled(judged)
         groups, dropped = shaping.drop_unverified(
             judged, cfg.verifier.max_unverified_share, cfg.verifier.unverified_is_incorrect
         )
@@ -66,9 +69,10 @@ class OrealLoop:
             refused=len(self.skipped.reasons),
         )
         journal.transcripts(iteration, groups, batch)
-        if self.skipped.reasons:
+        if self.alarms.end_iteration(iteration, self.skipped) or self.skipped.reasons:
             self.source.keep(judged, iteration)
         journal.write(iteration)
+        self.alarms.stop(iteration)
         self.skipped.end_iteration(iteration)
 
     def _check_start(self, batch: PackedBatch) -> None:
@@ -93,7 +97,7 @@ class OrealLoop:
         objective = objectives.token_rm_objective(len(batch.trajectories))
         rate = self.rates.token_rm(iteration)
         with self._phase("token_rm", batch) as advance:
-            step = self.token_rm.step(batch, objective, rate, advance)
+            step = self.token_rm.step(batch, objective, rate, advance, self.alarms.refuse)
         if self.skipped.took("token_rm", step):
             self.rates.token_rm_updates += 1
         self.journal.token_rm(batch, step, rate)
@@ -112,11 +116,12 @@ class OrealLoop:
         )
         frozen = policy_is_frozen(iteration, self.config.schedule)
         rate = self.rates.policy(iteration)
+        refuse = self.alarms.refuse_policy(batch)
         with self._phase("policy", batch) as advance:
             step = (
                 self.policy.logprobs(batch, advance)
                 if frozen
-                else self.policy.step(batch, objective, rate, advance)
+                else self.policy.step(batch, objective, rate, advance, refuse)
             )
         self.journal.policy(batch, step, rate)
         if not frozen and self.skipped.took("policy", step):

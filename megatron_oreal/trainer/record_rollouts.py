@@ -25,6 +25,7 @@ from megatron_oreal.rollout.record import RecordHeader, read_header, record_path
 from megatron_oreal.trainer.group_source import SampledGroups, expected_header
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.resume import stop_on_signal
+from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.setup import Texts, open_engines, read_texts
 from megatron_oreal.types import Prompt
 
@@ -39,22 +40,26 @@ class Recording:
     config: Config
     source: SampledGroups
     journal: Journal
+    alarms: RunAlarms
 
     def iterate(self, prompts: list[Prompt], header: RecordHeader) -> None:
         """Leaves the metrics, transcripts and record of an iteration; collective over the world.
 
         Raises:
-            UserError: The record cannot be written.
+            UserError: The record cannot be written, or an alarm is to end the run.
         """
         journal, iteration = self.journal, header.iteration
         groups = self.source.sample(prompts, iteration)
         journal.groups(groups)
+        self.alarms.sampled(groups)
         journal.transcripts(iteration, shaping.shape_rewards(groups, self.config.oreal), None)
+        self.alarms.end_iteration(iteration)
         journal.write(iteration)
         # Last: an iteration that has a record is done, and what it left before comes once more.
         with agree(), _refusals():
             if world_rank() == 0:
                 write_groups(journal.folder.recorded, header, groups)
+        self.alarms.stop(iteration)
 
 
 def record_rollouts(config: Config) -> bool:
@@ -81,7 +86,7 @@ def record_rollouts(config: Config) -> bool:
             engines = stack.enter_context(open_engines(config, texts, journal))
         # Last, to see an error before the engines do: they would wait for ranks that have failed.
         stack.enter_context(journal.watchdog.first_error_only())
-        recording = Recording(config, engines.source, journal)
+        recording = Recording(config, engines.source, journal, RunAlarms(journal, first))
         journal.say(f"{world_size()} ranks, {iterations} iterations, {first} recorded before")
         for iteration in range(iterations):
             prompts = sampler.next_batch(config.data.questions_per_iteration)

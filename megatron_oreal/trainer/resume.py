@@ -31,6 +31,7 @@ class LoopProgress(msgspec.Struct, frozen=True):
     token_rm_updates: int = 0
     engine_checked: bool = False
     skipped_in_a_row: int = 0
+    alarms_in_a_row: dict[str, int] = {}
     before: EvaluationResult | None = None
 
 

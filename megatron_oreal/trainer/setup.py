@@ -35,6 +35,7 @@ from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
 from megatron_oreal.trainer.resume import LoopProgress, find_checkpoint, read_progress
+from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Prompt
 from megatron_oreal.verify.cascade import Verifier
@@ -92,6 +93,7 @@ class TrainingRun:
             token_rm_updates=self.loop.rates.token_rm_updates,
             engine_checked=self.loop.engine_checked,
             skipped_in_a_row=self.loop.skipped.in_a_row,
+            alarms_in_a_row=self.loop.alarms.in_a_row,
             before=before,
         )
         with self.journal.phase("checkpoint"):
@@ -187,8 +189,9 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
         stack.enter_context(contextlib.closing(journal))
         journal.vocabulary(token_bytes(texts.tokenizer))
         recorded = RecordedGroups(config, journal, texts.vocabulary)
+        first = resumed.state.iteration if resumed else 0
         if config.rollout.replay:
-            recorded.check(resumed.state.iteration if resumed else 0)
+            recorded.check(first)
         with journal.watchdog.first_error_only(), journal.phase("start"):
             policy, reference, token_rm = _build_models(source, resumed)
             engines = None
@@ -208,6 +211,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             rates=Rates(config, done.policy_updates, done.token_rm_updates),
             journal=journal,
             skipped=SkippedSteps(config.engine.max_skipped_steps, done.skipped_in_a_row),
+            alarms=RunAlarms(journal, first, done.alarms_in_a_row),
             engine_checked=done.engine_checked,
         )
         yield TrainingRun(

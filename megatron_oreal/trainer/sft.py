@@ -28,6 +28,7 @@ from megatron_oreal.trainer.resume import (
     read_progress,
     stop_on_signal,
 )
+from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.setup import check_vocabulary
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Trajectory
@@ -47,6 +48,7 @@ class FineTuning:
     progress: SftProgress
     resumed: Resumed | None
     skipped: SkippedSteps
+    alarms: RunAlarms
 
     def step(self, number: int, packer: Packer, schedule: ScheduleConfig) -> None:
         """Takes one step and writes its metrics; collective over the world."""
@@ -66,6 +68,7 @@ class FineTuning:
                 "sft/skipped_steps": len(self.skipped.reasons),
             }
         )
+        self.alarms.end_iteration(number, self.skipped)
         self.journal.write(number)
         self.skipped.end_iteration(number)
 
@@ -156,6 +159,7 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
             progress=progress,
             resumed=resumed,
             skipped=SkippedSteps(config.engine.max_skipped_steps),
+            alarms=RunAlarms(journal, resumed.state.iteration if resumed else 0),
         )
 
 

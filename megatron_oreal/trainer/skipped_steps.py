@@ -1,4 +1,4 @@
-"""Steps refused because their numbers were not finite: counted; too many end the run."""
+"""Steps refused because of their numbers: counted; too many end the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Step(Protocol):
 
     @property
     def refused(self) -> str:
-        """What was not finite, so that no weight was changed; empty after an update."""
+        """Why no weight was changed; empty after an update."""
         ...
 
 
@@ -25,7 +25,7 @@ class SkippedSteps:
         most: iterations in a row with a refused step that end the run; iterations without any
             step count neither way.
         in_a_row: how many such iterations there have been before the one under way.
-        reasons: what was not finite in the iteration under way, by the name of the model.
+        reasons: why steps were refused in the iteration under way, by the name of the model.
         updated: whether any step of it was taken.
     """
 
@@ -55,9 +55,9 @@ class SkippedSteps:
         elif updated:
             self.in_a_row = 0
         if reasons and self.in_a_row >= self.most:
-            found = " and ".join(f"{name} of the {model}" for model, name in reasons.items())
+            found = " and ".join(f"{model}: {why}" for model, why in reasons.items())
             raise UserError(
                 f"engine.max_skipped_steps={self.most}: {self.in_a_row} iterations in a row were"
-                f" not trained on, the last is {iteration}: {found} not finite; lower the learning"
-                " rate, or replay what was sampled from run.folder/recorded to find out why"
+                f" not trained on, the last is {iteration} ({found}); lower the learning rate,"
+                " or replay what was sampled from run.folder/recorded to find out why"
             )

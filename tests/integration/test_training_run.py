@@ -202,9 +202,12 @@ def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) ->
         assert line["time/last_verdict_wait_s"] >= 0
 
 
-def test_an_alarm_is_raised_where_nobody_could_decide(trained: TrainingRun) -> None:
-    told = trained.finished.stdout.count("alarm: nobody could decide")
-    assert told == sum(line["rollout/unverified_alarm"] for line in trained.train)
+def test_alarms_are_said_and_written(trained: TrainingRun) -> None:
+    said = [line for line in trained.finished.stdout.splitlines() if line.startswith("alarm ")]
+    alarms = trained.folder / "alarms.jsonl"
+    assert len(said) == (len(alarms.read_text().splitlines()) if alarms.exists() else 0)
+    undecided = any(line["rollout/unverified_alarm"] for line in trained.train)
+    assert any(": unverified " in line for line in said) == undecided
 
 
 def test_rollout_alone_samples_what_the_first_iteration_of_a_run_sampled(
@@ -265,7 +268,7 @@ def test_a_policy_that_broke_is_not_trained_on_and_ends_the_run(
     assert finished.status == 2
     (line,) = finished.lines()
     assert "engine.max_skipped_steps=2: 2 iterations in a row" in line
-    assert "logprobs of the policy not finite" in line
+    assert "policy: logprobs not finite" in line
     skipped = [m["oreal/skipped_steps"] for m in read_metrics(root / "broken" / "metrics.jsonl")]
     assert skipped == [0, 1, 1]
 

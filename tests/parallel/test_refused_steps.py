@@ -6,13 +6,14 @@ what they are told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from megatron_oreal.engine.megatron_model import Refuse, refuse_nothing
 from megatron_oreal.engine.roles import Policy, PolicyStep
 from tests.ranks import RankPools
 from tests.toy_models import (
@@ -42,6 +43,11 @@ def kinked(logprobs: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Ten
     return linear(logprobs, fields) + (logprobs * 0 + smooth).sqrt() - smooth
 
 
+def short(values: Mapping[str, Sequence[torch.Tensor]]) -> str:
+    """Refuses by values that every rank has."""
+    return "short" if min(map(len, values["entropy"])) < 1000 else ""
+
+
 class Seen(NamedTuple):
     """`end` is after the step that follows the refused ones, `untouched` after that step alone."""
 
@@ -58,16 +64,23 @@ def spoil(folder: Path, distributed_optimizer: bool) -> Seen:
     source = open_models(make_config(folder, distributed_optimizer=distributed_optimizer))
     trajectories = make_trajectories()
 
-    def step(policy: Policy, factor: float, objective: Objective) -> PolicyStep:
+    def step(
+        policy: Policy, factor: float, objective: Objective, refuse: Refuse = refuse_nothing
+    ) -> PolicyStep:
         factors = [torch.full((t.response_length,), 0.1) for t in trajectories]
         factors[2][1] = factor
-        return policy.step(pack(trajectories, TIGHT).with_fields(factor=factors), objective, RATE)
+        batch = pack(trajectories, TIGHT).with_fields(factor=factors)
+        return policy.step(batch, objective, RATE, refuse=refuse)
 
     policy, other = make_policy(source), make_policy(source)
     step(other, 0.2, kinked)
     return Seen(
         start=whole_weights(source, policy),
-        refused=[step(policy, NAN, linear), step(policy, 0.0, kinked)],
+        refused=[
+            step(policy, NAN, linear),
+            step(policy, 0.0, kinked),
+            step(policy, 0.2, kinked, short),
+        ],
         still=whole_weights(source, policy),
         taken=step(policy, 0.2, kinked),
         end=whole_weights(source, policy),
@@ -85,7 +98,11 @@ def test_all_ranks_refuse_alike_and_go_on(
 ) -> None:
     folder = write_model(tmp_path / "hf", tied=False)
     for rank in ranks(2).run(spoil, folder, distributed_optimizer, **layout):
-        assert [step.refused for step in rank.refused] == ["loss", "gradient norm"]
+        assert [step.refused for step in rank.refused] == [
+            "loss not finite",
+            "gradient norm not finite",
+            "short",
+        ]
         assert rank.taken.refused == ""
         for name, weights in rank.start.items():
             assert torch.equal(rank.still[name], weights), name

@@ -36,6 +36,7 @@ from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import PackedBatch, Prompt, RolloutGroup
 from megatron_oreal.weights.bridge import open_stream
@@ -159,6 +160,7 @@ def _see(models: Models, folder: Path, case: Case) -> Seen:
             rates=Rates(config),
             journal=journal,
             skipped=SkippedSteps(most=1),
+            alarms=RunAlarms(journal),
             engine_checked=True,
         )
         loop.iterate(0)

@@ -23,24 +23,24 @@ def iterate(skipped: SkippedSteps, iteration: int, *steps: PolicyStep) -> None:
 
 def test_only_refusals_in_a_row_end_a_run() -> None:
     skipped = SkippedSteps(most=3)
-    iterate(skipped, 0, step("scores"), step("loss"))
-    iterate(skipped, 1, step(), step("gradient norm"))
+    iterate(skipped, 0, step("scores not finite"), step("loss not finite"))
+    iterate(skipped, 1, step(), step("gradient norm not finite"))
     iterate(skipped, 2, step(), step())
     assert skipped.in_a_row == 0
-    iterate(skipped, 3, step("loss"))
+    iterate(skipped, 3, step("loss not finite"))
     iterate(skipped, 4)  # nothing to train on: neither a refusal nor a step
-    iterate(skipped, 5, step("loss"))
+    iterate(skipped, 5, step("loss not finite"))
     with pytest.raises(UserError) as error:
-        iterate(skipped, 6, step("scores"), step("loss"))
+        iterate(skipped, 6, step("scores not finite"), step("loss not finite"))
     text = str(error.value)
     assert text.startswith("engine.max_skipped_steps=3: 3 iterations in a row")
-    assert "the last is 6: scores of the token_rm and loss of the policy not finite" in text
+    assert "the last is 6 (token_rm: scores not finite and policy: loss not finite)" in text
     assert "\n" not in text
 
 
 def test_the_first_refusal_may_end_a_run() -> None:
     with pytest.raises(UserError):
-        iterate(SkippedSteps(most=1), 0, step("loss"))
+        iterate(SkippedSteps(most=1), 0, step("loss not finite"))
 
 
 @pytest.mark.parametrize(
