@@ -77,11 +77,6 @@ class RunFolder:
         return self.root / "vocabulary.json"
 
     @property
-    def alarms(self) -> Path:
-        """One line of JSON per alarm raised."""
-        return self.root / "alarms.jsonl"
-
-    @property
     def recorded(self) -> Path:
         """Judged groups, one file an iteration, to be trained on again."""
         return self.root / "recorded"
