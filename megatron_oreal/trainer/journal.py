@@ -188,16 +188,16 @@ class Journal:
         self, iteration: int, groups: Sequence[RolloutGroup], batch: PackedBatch | None
     ) -> None:
         """Writes a seeded sample of the iteration's rollouts."""
-        count = self.config.monitor.transcripts_per_iteration
-        if self.enabled:
-            write_transcripts(
-                self.folder.rollouts,
-                iteration,
-                groups,
-                count=count,
-                seed=self.config.run.seed,
-                batch=batch,
-            )
+        with self.phase("transcripts"):
+            if self.enabled:
+                write_transcripts(
+                    self.folder.rollouts,
+                    iteration,
+                    groups,
+                    count=self.config.monitor.transcripts_per_iteration,
+                    seed=self.config.run.seed,
+                    batch=batch,
+                )
 
     @property
     def metrics_bytes(self) -> int:
