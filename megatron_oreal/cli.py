@@ -126,6 +126,7 @@ def _report(options: argparse.Namespace) -> int:
     request = build.Request(
         tuple(options.runs),
         iteration=options.iteration,
+        max_tokens=build.MAX_TOKENS if options.iteration is None else None,
         refresh_s=_REFRESH_S if options.watch else 0,
     )
     out = options.out or options.runs[0] / "report.html"

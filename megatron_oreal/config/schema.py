@@ -275,10 +275,11 @@ class MonitorConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "megatron-oreal"
     transcripts_per_iteration: int = 8
+    wandb_rollouts_every: int = 10
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 0, "transcripts_per_iteration")
+        at_least(self, 0, "transcripts_per_iteration", "wandb_rollouts_every")
 
 
 @dataclass(frozen=True)

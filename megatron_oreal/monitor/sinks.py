@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_oreal.monitor.metrics import Kind, to_json
 from megatron_oreal.monitor.wandb_sink import WandbSink
@@ -42,6 +42,10 @@ class Sink(Protocol):
         """Writes them; may be called more than once for an iteration after a resume."""
         ...
 
+    def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Shows rollouts, lines of a transcript file, and an HTML page of their tokens."""
+        ...
+
     def close(self) -> None:
         """Writes what is pending; nothing is written afterwards."""
         ...
@@ -57,6 +61,11 @@ class Sinks:
         """Writes to each sink, in order."""
         for sink in self._sinks:
             sink.write(iteration, metrics, kind)
+
+    def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Shows rollouts on each sink, in order."""
+        for sink in self._sinks:
+            sink.show(iteration, rollouts, page)
 
     def close(self) -> None:
         """Closes each sink, in order."""
@@ -84,6 +93,9 @@ class JsonlSink:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Shows nothing: the transcripts are files already."""
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -105,6 +117,9 @@ class ConsoleSink:
         columns = COLUMNS if kind == "train" else _eval_columns(metrics)
         line = summary_line(iteration, self._iterations, metrics, columns, kind)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Shows nothing: a line has no room for them."""
 
     def close(self) -> None:
         """Has nothing pending."""

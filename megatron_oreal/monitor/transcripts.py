@@ -75,10 +75,15 @@ def write_transcripts(
         _record(iteration, groups[g], k, of_line, trained)
         for (g, k), of_line in zip(places, tokens, strict=True)
     ]
-    path = folder / f"iter_{iteration:06d}.jsonl"
+    path = transcript_path(folder, iteration)
     atomic_write(path.with_suffix(".npz"), (_archive(tokens),))
     atomic_write_text(path, "".join(f"{to_json(line)}\n" for line in lines))
     return path
+
+
+def transcript_path(folder: Path, iteration: int) -> Path:
+    """Returns where the lines of an iteration's transcripts are."""
+    return folder / f"iter_{iteration:06d}.jsonl"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_oreal.config.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from megatron_oreal.monitor.metrics import Kind
+
+# Of the table of rollouts, as a line of a transcript file names them.
+COLUMNS = (
+    *("iteration", "prompt_id", "sample", "prompt", "response", "gold_answer", "extracted"),
+    *("outcome", "reason", "pass_rate", "advantage", "response_length", "score", "trained"),
+)
 
 
 class WandbSink:
@@ -58,6 +64,14 @@ class WandbSink:
     def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
         """Logs the metrics at this iteration."""
         self._run.log({"iteration": iteration, "kind": kind, **metrics})
+
+    def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Logs a table of rollouts, lines of a transcript file, and a page of their tokens."""
+        wandb = _import_wandb()
+        rows = [[line[column] for column in COLUMNS] for line in rollouts]
+        table = wandb.Table(columns=list(COLUMNS), data=rows, allow_mixed_types=True)
+        html = wandb.Html(page, inject=False, data_is_not_path=True)
+        self._run.log({"iteration": iteration, "rollouts": table, "tokens": html})
 
     def close(self) -> None:
         """Ends the run and waits until it is written."""

@@ -18,10 +18,15 @@ from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
 from megatron_oreal.monitor.metrics import Kind
 from megatron_oreal.monitor.profile import IterationProfile, memory_metrics
 from megatron_oreal.monitor.progress import Progress
+from megatron_oreal.monitor.report.build import page_of_iteration
 from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.monitor.sinks import open_sinks
 from megatron_oreal.monitor.timers import Timers
-from megatron_oreal.monitor.transcripts import write_transcripts
+from megatron_oreal.monitor.transcripts import (
+    read_lines,
+    transcript_path,
+    write_transcripts,
+)
 from megatron_oreal.monitor.watchdog import Watchdog
 from megatron_oreal.parallel.collectives import (
     agree,
@@ -30,6 +35,8 @@ from megatron_oreal.parallel.collectives import (
     world_size,
 )
 from megatron_oreal.types import Advance, PackedBatch, RolloutGroup, advance_nothing
+
+_WANDB_TOKENS = 32_768  # of a page of tokens in wandb, which keeps every one
 
 
 class Journal:
@@ -178,6 +185,17 @@ class Journal:
             seconds |= {"time/iteration_s": sum(seconds.values())} | memory_metrics()
         self._sinks.write(iteration, self._metrics | seconds, kind)
         self._metrics = {}
+        if kind == "train":
+            self._show_rollouts(iteration)
+
+    def _show_rollouts(self, iteration: int) -> None:
+        """Hands wandb, so often, a table of rollouts and a page of their tokens."""
+        monitor = self.config.monitor
+        due = monitor.wandb_rollouts_every and iteration % monitor.wandb_rollouts_every == 0
+        path = transcript_path(self.folder.rollouts, iteration)
+        if self.enabled and due and monitor.wandb != "disabled" and path.exists():
+            page = page_of_iteration(self.folder.root, iteration, _WANDB_TOKENS)
+            self._sinks.show(iteration, read_lines(path), page)
 
     def vocabulary(self, tokens: Sequence[bytes]) -> None:
         """Leaves the text of each token id beside the transcripts, where any are written."""

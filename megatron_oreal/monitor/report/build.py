@@ -16,7 +16,7 @@ from megatron_oreal.monitor.run_folder import atomic_write
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MAX_TOKENS = 1_000_000  # response tokens in a page, about 15 bytes each
+MAX_TOKENS = 1_000_000  # response tokens in a page, about 16 bytes each
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Request:
 
     Args:
         folders: of the runs; the first is the main one.
-        iteration: whose transcripts are shown whole, all of them; None for a sample of the run.
+        iteration: whose transcripts alone are shown; None for those of the whole run.
         refresh_s: how often the page loads itself again; 0 for never.
-        max_tokens: of all runs together.
+        max_tokens: of all runs together; a sample where there are more. None for no bound.
         seed: of the sample.
     """
 
     folders: tuple[Path, ...]
     iteration: int | None = None
     refresh_s: float = 0.0
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = MAX_TOKENS
     seed: int = 0
 
 
@@ -45,9 +45,8 @@ def read(request: Request) -> tuple[dict[str, Any], list[bytes]]:
         UserError: A folder holds no run, or one of its files cannot be read.
     """
     runs = [read_run(folder, iteration=request.iteration) for folder in request.folders]
-    whole = request.iteration is not None
-    share = request.max_tokens // len(runs)
-    chosen = [run.places if whole else choose(run.places, share, request.seed) for run in runs]
+    share = None if request.max_tokens is None else request.max_tokens // len(runs)
+    chosen = [choose(run.places, share, request.seed) for run in runs]
     packed = pack(runs, chosen)
     live = not all(run.finished for run in runs)
     data = {
@@ -65,10 +64,15 @@ def read(request: Request) -> tuple[dict[str, Any], list[bytes]]:
 def write(request: Request, out: Path) -> dict[str, Any]:
     """Writes the page, there whole or not at all, and returns its data."""
     data, chunks = read(request)
-    names = ", ".join(dict.fromkeys(run["name"] for run in data["runs"]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, render(f"{names} - OREAL run report", data, chunks))
+    atomic_write(out, render(_title(data), data, chunks))
     return data
+
+
+def page_of_iteration(folder: Path, iteration: int, max_tokens: int) -> str:
+    """Returns a page of one iteration's transcripts, or a sample of them, as text."""
+    data, chunks = read(Request((folder,), iteration=iteration, max_tokens=max_tokens))
+    return b"".join(render(_title(data), data, chunks)).decode()
 
 
 def watch(
@@ -112,6 +116,11 @@ def words(data: dict[str, Any], out: Path) -> list[str]:
             f"  alarms: {len(run['alarms']) or 'none'}",
         ]
     return [*lines, str(out)]
+
+
+def _title(data: dict[str, Any]) -> str:
+    names = ", ".join(dict.fromkeys(run["name"] for run in data["runs"]))
+    return f"{names} - OREAL run report"
 
 
 def _in_words(item: dict[str, Any]) -> str:

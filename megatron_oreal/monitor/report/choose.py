@@ -17,15 +17,18 @@ _QUARTERS = 4  # of pass rates
 PAIR = 2
 
 
-def choose(places: list[Place], max_tokens: int, seed: int) -> list[Place]:
+def choose(places: list[Place], max_tokens: int | None, seed: int) -> list[Place]:
     """Draws transcripts of at most `max_tokens` response tokens in all, in the run's order.
+
+    None is no bound.
 
     What is drawn is a question with its answers, so that correct and incorrect stand side by side:
     all its answers that are on the disk where there is room for everything, else a pair that was
     trained on, or one answer. The strata are stretch of the run x quarter of pass rates x verdicts;
     each gives one question after the other until the page is full.
     """
-    if sum(place.head.response_length for place in places) <= max_tokens:
+    tokens = sum(place.head.response_length for place in places)
+    if max_tokens is None or tokens <= max_tokens:
         return _in_order(places)
     rng = random.Random(f"report {seed}")
     last = max(place.head.iteration for place in places)

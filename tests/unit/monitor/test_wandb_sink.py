@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 OFFLINE = """
 import math, socket, sys
 from pathlib import Path
-from megatron_oreal.monitor.wandb_sink import WandbSink
+from megatron_oreal.monitor.wandb_sink import COLUMNS, WandbSink
 
 def refuse(self, address):
     if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
@@ -25,6 +25,7 @@ for first in (0, 1):
     sink = WandbSink(Path(sys.argv[1]), "offline", "project", "name", {"run": {"seed": 3}})
     sink.write(first, {"oreal/loss": 0.5, "oreal/kl_k3": math.nan})
     sink.write(first, {"eval/greedy": 0.25}, "eval")
+    sink.show(first, [dict.fromkeys(COLUMNS) | {"response": "<b>x", "score": 0.5}], "<p>tokens</p>")
     sink.close()
 """
 
@@ -44,7 +45,9 @@ except UserError as error:
 def run(script: str, root: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env = kept | {"HOME": str(root / "home"), "NETRC": str(root / "netrc")} | extra
-    command = [sys.executable, "-W", "error", "-c", script, str(root)]
+    # wandb keeps a temporary folder of media until the process ends.
+    media = "ignore:Implicitly cleaning up:ResourceWarning"
+    command = [sys.executable, "-W", "error", "-W", media, "-c", script, str(root)]
     return subprocess.run(
         command,
         env=env,
@@ -68,6 +71,11 @@ def test_offline_writes_into_the_run_folder_and_resumes_the_same_run(tmp_path: P
         assert b"oreal/loss" in content
         assert b"eval/greedy" in content
         assert b"seed" in content
+        assert b"html-file" in content
+    pages = list((tmp_path / "wandb").rglob("media/html/*.html"))
+    assert {page.read_text() for page in pages} == {"<p>tokens</p>"}
+    tables = list((tmp_path / "wandb").rglob("media/table/*.json"))
+    assert "<b>x" in tables[0].read_text()
 
 
 def test_online_without_a_key_ends_with_one_line_and_no_question(tmp_path: Path) -> None:
