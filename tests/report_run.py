@@ -32,6 +32,7 @@ SCORES = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -15.0)
 FALL = 7
 ALARM = {
     "iteration": 1,
+    "event": "began",
     "kind": "unverified_share",
     "value": 0.25,
     "bound": 0.1,

@@ -69,7 +69,8 @@ class AlarmEvent(msgspec.Struct, frozen=True):
         bound: that it passed or is within again.
         in_a_row: iterations beyond the bound, this one included; at an end, those that were.
         action: see `Rule`.
-        advice: what to do, a text for people.
+        advice: what to do, for people.
+        text: all of this in a line, as the console has it.
     """
 
     iteration: int
@@ -80,6 +81,7 @@ class AlarmEvent(msgspec.Struct, frozen=True):
     in_a_row: int
     action: AlarmAction
     advice: str
+    text: str
 
 
 class Alarms:
@@ -116,12 +118,10 @@ class Alarms:
             value, before = values[rule.kind], self.in_a_row[rule.kind]
             count = before + 1 if rule.is_beyond(value) else 0
             self.in_a_row[rule.kind] = count
-            shown = count or before
-            what = (iteration, rule.kind, value, rule.bound, shown, rule.action, rule.advice)
             if count == rule.iterations:
-                events.append(_event("began", *what))
+                events.append(_began(rule, iteration, value, count))
             elif before >= rule.iterations and not count:
-                events.append(_event("ended", *what))
+                events.append(_ended(rule, iteration, value, before))
         return events
 
 
@@ -148,19 +148,6 @@ def rules_of(config: Config) -> list[Rule]:
     key = "verifier.unverified_alarm_share"
     rules.append(Rule("unverified", key, bound, True, 1, "alarm", advice))
     return rules
-
-
-def sentence(event: AlarmEvent, rules: Sequence[Rule]) -> str:
-    """Returns what the console says of an event."""
-    rule = next(rule for rule in rules if rule.kind == event.kind)
-    if event.event == "ended":
-        return f"alarm over at iteration {event.iteration}: {event.kind} {event.value:.4g}"
-    passed = "above" if rule.above else "below"
-    row = f", {event.in_a_row} iterations in a row" if rule.iterations > 1 else ""
-    return (
-        f"alarm at iteration {event.iteration}: {event.kind} {event.value:.4g} {passed}"
-        f" {event.bound:g} ({rule.key}){row}: {event.advice}"
-    )
 
 
 def drop_later(path: Path, first: int) -> None:
@@ -194,8 +181,32 @@ def _iteration(line: bytes) -> int:
     return int(msgspec.json.decode(line)["iteration"])
 
 
-def _event(event: Literal["began", "ended"], iteration: int, *what: object) -> AlarmEvent:
-    return AlarmEvent(iteration, event, *what)  # pyright: ignore[reportArgumentType]  in their order
+def _began(rule: Rule, iteration: int, value: float, in_a_row: int) -> AlarmEvent:
+    passed = "above" if rule.above else "below"
+    row = f", {in_a_row} iterations in a row" if rule.iterations > 1 else ""
+    text = (
+        f"alarm at iteration {iteration}: {rule.kind} {value:.4g} {passed} {rule.bound:g}"
+        f" ({rule.key}){row}: {rule.advice}"
+    )
+    return _event("began", rule, iteration, value, in_a_row, text)
+
+
+def _ended(rule: Rule, iteration: int, value: float, in_a_row: int) -> AlarmEvent:
+    text = f"alarm over at iteration {iteration}: {rule.kind} {value:.4g}"
+    return _event("ended", rule, iteration, value, in_a_row, text)
+
+
+def _event(
+    event: Literal["began", "ended"],
+    rule: Rule,
+    iteration: int,
+    value: float,
+    in_a_row: int,
+    text: str,
+) -> AlarmEvent:
+    return AlarmEvent(
+        iteration, event, rule.kind, value, rule.bound, in_a_row, rule.action, rule.advice, text
+    )
 
 
 def _rule(config: Config, kind: str, bound: str, above: bool, advice: str) -> Rule:

@@ -11,7 +11,7 @@ import torch
 from megatron_oreal.algorithm.rollout_diagnostics import mismatch_metrics
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.engine.megatron_model import Refuse
-from megatron_oreal.monitor.alarms import Alarms, append, drop_later, rules_of, sentence
+from megatron_oreal.monitor.alarms import Alarms, append, drop_later, rules_of
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import PackedBatch, RolloutGroup
@@ -82,7 +82,7 @@ class RunAlarms:
         ]
         events = self._alarms.observe(iteration, values)
         for event in events:
-            self._journal.say(sentence(event, self._alarms.rules))
+            self._journal.say(event.text)
         if events:
             self._write(lambda path: append(path, events))
         return any(event.event == "began" for event in events)

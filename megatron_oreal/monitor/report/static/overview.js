@@ -69,7 +69,7 @@ function rateNames(runs) {
 function answersOf(run, data, state, number) {
   const several = data.runs.length > 1;
   const lines = (said) => said.map((text) => el("p", { textContent: text }));
-  const alarms = run.alarms.length;
+  const alarms = run.alarms.filter((alarm) => alarm.event !== "ended").length;
   return el("section", { "aria-label": `In short: ${run.label}` },
     several ? el("h2", { textContent: run.label }) : null,
     el("div", { className: "answers" },
