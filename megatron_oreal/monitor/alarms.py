@@ -188,25 +188,14 @@ def _began(rule: Rule, iteration: int, value: float, in_a_row: int) -> AlarmEven
         f"alarm at iteration {iteration}: {rule.kind} {value:.4g} {passed} {rule.bound:g}"
         f" ({rule.key}){row}: {rule.advice}"
     )
-    return _event("began", rule, iteration, value, in_a_row, text)
+    what = (rule.kind, value, rule.bound, in_a_row, rule.action, rule.advice, text)
+    return AlarmEvent(iteration, "began", *what)
 
 
 def _ended(rule: Rule, iteration: int, value: float, in_a_row: int) -> AlarmEvent:
     text = f"alarm over at iteration {iteration}: {rule.kind} {value:.4g}"
-    return _event("ended", rule, iteration, value, in_a_row, text)
-
-
-def _event(
-    event: Literal["began", "ended"],
-    rule: Rule,
-    iteration: int,
-    value: float,
-    in_a_row: int,
-    text: str,
-) -> AlarmEvent:
-    return AlarmEvent(
-        iteration, event, rule.kind, value, rule.bound, in_a_row, rule.action, rule.advice, text
-    )
+    what = (rule.kind, value, rule.bound, in_a_row, rule.action, rule.advice, text)
+    return AlarmEvent(iteration, "ended", *what)
 
 
 def _rule(config: Config, kind: str, bound: str, above: bool, advice: str) -> Rule:
