@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from megatron_oreal.config.load import resolve_config_yaml
 from megatron_oreal.config.schema import Config, RunConfig, ScheduleConfig
+from megatron_oreal.monitor import alarms
+from megatron_oreal.monitor.alarms import AlarmEvent
 from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.monitor.sinks import JsonlSink
 from megatron_oreal.monitor.transcripts import write_transcripts
@@ -30,20 +31,17 @@ RIGHT, WRONG = (0, 1, 2, 3, 4, 5, 8, 6, 9, 10, 11), (0, 1, 2, 3, 4, 5, 8, 7, 9)
 # s_t of the wrong answer: believed until it has read token 7, "6"
 SCORES = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -15.0)
 FALL = 7
-ALARM = {
-    "iteration": 1,
-    "event": "began",
-    "kind": "unverified_share",
-    "value": 0.25,
-    "bound": 0.1,
-    "text": "nobody could decide <b>25%</b> of the answers",
-}
+ALARMS = (
+    AlarmEvent(1, "began", "unverified", 0.25, 0.1, 1, "alarm", "read <b>why</b>", "alarm: ..."),
+    AlarmEvent(2, "ended", "unverified", 0.0, 0.1, 1, "alarm", "read <b>why</b>", "alarm over"),
+    AlarmEvent(3, "began", "entropy", 0.01, 0.02, 3, "skip", "lower the rate", "alarm: ..."),
+)
 
 
 def make_run(
     root: Path, *, iterations: int = 4, finished: bool = True, hostile: bool = True
 ) -> Path:
-    """Writes a run of so many iterations: metrics, two evaluations, an alarm, transcripts."""
+    """Writes a run of so many iterations: metrics, two evaluations, two alarms, transcripts."""
     folder = RunFolder(root)
     config = Config(
         run=RunConfig(name="tiny", folder=str(root)), schedule=ScheduleConfig(iterations=iterations)
@@ -56,7 +54,7 @@ def make_run(
         write_iteration(folder, sink, iteration, hostile=hostile)
     sink.write(iterations, {"eval/pass_at_1": 0.75, "eval/greedy": 0.5}, "eval")
     sink.close()
-    folder.alarms.write_text(json.dumps(ALARM) + "\n")
+    alarms.append(folder.alarms, ALARMS)
     if finished:
         folder.write_summary({"hf": None})
     return root

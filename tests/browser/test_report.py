@@ -35,7 +35,7 @@ def test_overview_answers_in_words(report: Report, reader: Reader) -> None:
     assert page.inner_text("#learned-0 .lead") == "Yes"
     assert "rose from 25.0 to 75.0 percent" in page.inner_text("#learned-0")
     assert page.inner_text("#time-0 .lead") == "generate, 65%"
-    assert page.inner_text("#stop-0 .lead") == "1 alarm"
+    assert page.inner_text("#stop-0 .lead") == "2 alarms, 1 to the end"
     assert "24 of 24 transcripts (100%" in page.inner_text("#stop-0")
     blamed = page.inner_text("#blamed-0")
     assert "q falls from 0.731 to 0.315 at token 7" in blamed
@@ -220,7 +220,9 @@ def test_text_of_a_model_is_inert(report: Report, reader: Reader) -> None:
     assert isolated == "isolate"
     page.keyboard.press("4")
     page.wait_for_selector("main[data-ready=health]")
-    assert "<b>25%</b>" in page.inner_text(".alarm")
+    assert "read <b>why</b>." in page.inner_text(".alarm >> nth=0")
+    spans = page.locator(".alarm td button").all_inner_texts()
+    assert spans == ["1 to 2", "3 to the end"]
     assert page.title() == "tiny - OREAL run report"
     # Even markup that slipped in could not run, or ask for anything.
     ran = page.evaluate(

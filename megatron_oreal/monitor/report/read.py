@@ -106,15 +106,25 @@ def _phases(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _read_alarms(path: Path) -> list[dict[str, Any]]:
-    """Reads one object a line; a last line that is being written is left for the next time."""
+    """Returns each alarm as its beginning says it, with `ended`: its last iteration, or None.
+
+    A last line that is being written is left for the next time.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    alarms: list[dict[str, Any]] = []
+    on: dict[str, dict[str, Any]] = {}
     try:
-        alarms = [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise UserError(f"{path}: holds a line that is no JSON; delete it") from error
-    return [alarm for alarm in alarms if isinstance(alarm, dict)]
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            event = json.loads(line)
+            if event["event"] == "began":
+                on[event["kind"]] = event | {"ended": None}
+                alarms.append(on[event["kind"]])
+            elif event["kind"] in on:
+                on.pop(event["kind"])["ended"] = event["iteration"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds a line that is no alarm; delete it") from error
+    return alarms
 
 
 def _read_places(folder: Path, iteration: int | None) -> list[Place]:

@@ -83,7 +83,8 @@ def test_the_overview_in_words(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (
         said["time"][0] == "37 s on the first rank's clock: generate 65%, policy 32%, evaluate 3%."
     )
-    assert said["alarms"] == [report_run.ALARM]
+    alarms = [(alarm["kind"], alarm["iteration"], alarm["ended"]) for alarm in said["alarms"]]
+    assert alarms == [("unverified", 1, 2), ("entropy", 3, None)]
     assert [item["blamed"]["index"] for item in said["blamed"]] == [report_run.FALL] * 2
     assert said["blamed"][0]["blamed"]["context"] == ["\\(2+3\\)=\\boxed{", "6", "}"]
     assert said["transcripts"]["shown"] == said["transcripts"]["written"] == 24

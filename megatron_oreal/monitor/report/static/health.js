@@ -1,7 +1,7 @@
 // Health: every alarm, what to do about it, and where the telling numbers stand.
 
 const ADVICE = [
-  [/unverified/, "Read the reasons of the unverified answers (Rollouts, verdict unverified): a judge that is down, a format the rules cannot read, or a time limit too short. Mend that and start again: the run goes on from its checkpoint."],
+  [/unverified/, "Rollouts, verdict unverified, shows the reasons: a judge that is down, a format the rules cannot read, or a time limit too short. Mend that and start again: the run goes on from its checkpoint."],
   [/entropy/, "The policy becomes sure of itself too fast. Lower the policy's rate or the positive factor, raise oreal.kl_coefficient, or go back to an earlier checkpoint."],
   [/reward|pass_rate|collapse/, "The pass rate falls: compare answers before and after in Rollouts. Go back to the checkpoint before the fall and lower the rate; look whether the verifier began to refuse a format."],
   [/mismatch/, "Policy and rollout engine score the same tokens differently: run check-sync. In bf16 a small rise is rounding; a jump is weights that did not arrive, or another precision."],
@@ -25,25 +25,39 @@ function health(main, data) {
   for (const run of data.runs) {
     main.append(el("h2", { textContent: data.runs.length > 1 ? `Alarms of ${run.label}` : "Alarms" }));
     if (!run.alarms.length) main.append(el("p", { className: "note", textContent: "The run raised no alarm." }));
-    main.append(...alarmsByKind(run).map(alarmPanel));
+    main.append(...alarmsByKind(run).map(([kind, alarms]) => alarmPanel(run, kind, alarms)));
     main.append(el("h2", { textContent: "Where the telling numbers stand" }), standing(run));
   }
 }
 
 function alarmsByKind(run) {
   const kinds = new Map();
-  for (const alarm of run.alarms) kinds.set(String(alarm.kind), [...(kinds.get(String(alarm.kind)) ?? []), alarm]);
+  for (const alarm of run.alarms) kinds.set(alarm.kind, [...(kinds.get(alarm.kind) ?? []), alarm]);
   return [...kinds.entries()];
 }
 
-function alarmPanel([kind, alarms]) {
-  const advice = ADVICE.find(([pattern]) => pattern.test(kind))?.[1] ?? "See docs/metrics.md for what the number means.";
-  const rows = alarms.map((alarm) =>
-    el("tr", {}, el("td", {}, el("button", { type: "button", textContent: String(alarm.iteration ?? "–"), title: "Answers of this iteration", onclick: () => go({ view: "rollouts", from: alarm.iteration, to: alarm.iteration, item: undefined }) })),
-      el("td", { textContent: num(alarm.value) }), el("td", { textContent: num(alarm.bound) }), el("td", {}, modelText(alarm.text ?? ""))));
-  return el("section", { className: "panel alarm" }, el("h3", {}, modelText(kind), ` (${alarms.length})`), el("p", { textContent: advice }),
-    el("table", { className: "plain" }, el("thead", {}, el("tr", {}, ["iteration", "value", "bound", "what was said"].map((name) => el("th", { textContent: name })))), el("tbody", {}, rows)));
+/** Says how many alarms a run raised, and how many of them are on. */
+function alarmCount(run) {
+  const all = run.alarms.length, on = run.alarms.filter((alarm) => alarm.ended === null).length;
+  if (!all) return "No alarm";
+  return `${all} alarm${all > 1 ? "s" : ""}${on ? `, ${on} ${run.finished ? "to the end" : "on"}` : ", all over"}`;
 }
+
+function alarmPanel(run, kind, alarms) {
+  const more = ADVICE.find(([pattern]) => pattern.test(kind))?.[1];
+  const last = run.train.iteration?.at(-1);
+  const rows = alarms.map((alarm) => {
+    const until = alarm.ended === null ? (run.finished ? "the end" : "still on") : String(alarm.ended);
+    const look = () => go({ view: "rollouts", run: data.runs.length > 1 ? data.runs.indexOf(run) : undefined, from: alarm.iteration, to: alarm.ended ?? last, item: undefined });
+    return el("tr", {}, el("td", {}, el("button", { type: "button", textContent: `${alarm.iteration} to ${until}`, title: "Answers of these iterations", onclick: look })),
+      el("td", { textContent: num(alarm.value) }), el("td", { textContent: num(alarm.bound) }), el("td", { textContent: DOES[alarm.action] ?? String(alarm.action) }));
+  });
+  return el("section", { className: "panel alarm" }, el("h3", {}, modelText(kind)),
+    el("p", {}, modelText(alarms.at(-1).advice, "prose"), "."), more ? el("p", { className: "muted", textContent: more }) : null,
+    el("table", { className: "plain" }, el("thead", {}, el("tr", {}, ["iterations", "value", "bound", "did"].map((name) => el("th", { textContent: name })))), el("tbody", {}, rows)));
+}
+
+const DOES = { alarm: "said so", skip: "took no step", stop: "ended the run" };
 
 function standing(run) {
   const rows = TELLING.filter(([name]) => run.train[name]).map(([name, label]) => {

@@ -69,14 +69,14 @@ function rateNames(runs) {
 function answersOf(run, data, state, number) {
   const several = data.runs.length > 1;
   const lines = (said) => said.map((text) => el("p", { textContent: text }));
-  const alarms = run.alarms.filter((alarm) => alarm.event !== "ended").length;
+  const alarms = run.alarms.length;
   return el("section", { "aria-label": `In short: ${run.label}` },
     several ? el("h2", { textContent: run.label }) : null,
     el("div", { className: "answers" },
       el("div", { className: "panel", id: `learned-${number}` }, el("h3", { textContent: "Did it learn?" }), el("p", { className: "lead", textContent: run.learned.verdict }), lines(run.learned.said)),
       el("div", { className: "panel", id: `time-${number}` }, el("h3", { textContent: "Where did the time go?" }), el("p", { className: "lead", textContent: longest(run) }), lines(run.time)),
       el("div", { className: "panel", id: `stop-${number}` }, el("h3", { textContent: "Is anything wrong?" }),
-        el("p", { className: "lead", textContent: alarms ? `${alarms} alarm${alarms > 1 ? "s" : ""}` : "No alarm" }),
+        el("p", { className: "lead", textContent: alarmCount(run) }),
         alarms ? el("button", { type: "button", textContent: "What to do", onclick: () => go({ view: "health" }) }) : el("p", { textContent: "The run raised none." }),
         el("p", { className: "muted", textContent: shownShare(run) }))),
     blamePanel(run, data, number));
