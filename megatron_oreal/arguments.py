@@ -15,6 +15,8 @@ examples:
   megatron-oreal train --config configs/my.yaml rollout.replay=runs/sampled/recorded
   megatron-oreal check-sync --config configs/my.yaml
   megatron-oreal evaluate model.path=runs/oreal/hf/final evaluation.path=held_out.jsonl --json
+  megatron-oreal evaluate model.path=runs/oreal/hf/final --suite math500:4,aime24:32 --output after
+  megatron-oreal compare before after
   megatron-oreal doctor --config configs/oreal_7b.yaml
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --gpu a100-80
   megatron-oreal plan --config configs/oreal_7b.yaml --ranks 32 --search --calibrate runs/first
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _command(
         commands, "evaluate", "score a checkpoint on held-out questions", optional=("data.path",)
     )
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    _evaluate_options(evaluate)
     doctor = _command(
         commands,
         "doctor",
@@ -74,12 +76,40 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
     _plan_command(commands)
     _report_command(commands)
+    _compare_command(commands)
     serve = _command(
         commands, "serve", "serve rollouts to a run of this config", optional=("data.path",)
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="port (8000)")
     return whole
+
+
+def _evaluate_options(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--suite",
+        metavar="NAME[:N],...",
+        help="suites of evaluation.suites_folder, N responses a question (evaluation.path alone)",
+    )
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of the results (run.folder/evaluation)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object, no table")
+
+
+def _compare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="say whether two evaluations differ by more than chance",
+        description="Compares two evaluations question by question: a paired bootstrap interval"
+        " of the difference and the p-value of a paired permutation test.",
+    )
+    compare.add_argument(
+        "evaluations", type=Path, nargs=2, metavar="FOLDER", help="--output of an evaluation"
+    )
+    compare.add_argument("--k", type=_positive, default=1, help="of pass@k (1, which is avg@n)")
+    compare.add_argument("--markdown", action="store_true", help="print a table in markdown")
+    compare.add_argument("--json", action="store_true", help="print one JSON array, no table")
 
 
 def _report_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,6 +1,6 @@
 """The command line: `megatron-oreal train | rollout | check-sync | sft | evaluate | ...`.
 
-plan, doctor, serve and report run alone; all others under torchrun or srun as well.
+plan, doctor, serve, report and compare run alone; all others under torchrun or srun as well.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:
-        if options.command == "report":
-            return _report(options)
+        if options.command in _OF_FOLDERS:
+            return _OF_FOLDERS[options.command](options)
         config = load_config(options.config, options.settings, optional=options.optional)
         with warnings.catch_warnings():
             for message in _NOISE:
@@ -138,6 +138,21 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """Prints how two evaluations differ; returns 0."""
+    from megatron_oreal.trainer import compare
+
+    a, b = options.evaluations
+    found = compare.compare_folders(a, b, options.k)
+    if options.json:
+        _say(json.dumps(compare.as_json(found)))
+    elif options.markdown:
+        _say(compare.as_markdown(found))
+    else:
+        Console().print(compare.as_table(found, a, b, options.k))
+    return 0
+
+
 def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201  the result
 
@@ -179,7 +194,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
             return 0 if runs[options.command](config) else STOPPED_EXIT
         if options.command == "check-sync":
             return 0 if check_sync(config, as_json=options.json) else 1
-        evaluate(config, as_json=options.json)
+        evaluate(config, suites=options.suite, output=options.output, as_json=options.json)
         return 0
     finally:
         stop_world()
@@ -194,6 +209,7 @@ def _serve(options: argparse.Namespace, config: Config) -> int:
     os.execve(command[0], command, server_environment(config))
 
 
+_OF_FOLDERS = {"report": _report, "compare": _compare}  # read what was written, need no config
 _COMMANDS = {"plan": _plan, "doctor": _doctor, "serve": _serve}  # all others run on ranks
 
 

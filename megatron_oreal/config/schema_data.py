@@ -46,6 +46,7 @@ class EvaluationConfig:
     """Held-out questions, inside a run and for `megatron-oreal evaluate`."""
 
     path: str | None = None
+    suites_folder: str = "suites"
     every: int = 0
     at_start: bool = False
     at_end: bool = False

@@ -49,6 +49,15 @@ class EvaluationResult:
         }
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, and the judged groups it was found in: `greedy` is empty if not asked."""
+
+    result: EvaluationResult
+    sampled: list[RolloutGroup]
+    greedy: list[RolloutGroup]
+
+
 class Evaluator:
     """Evaluates whatever weights the rollout engine holds on one fixed list of questions."""
 
@@ -67,22 +76,20 @@ class Evaluator:
             self.config.evaluation.samples_per_question + self.config.evaluation.greedy
         )
 
-    def evaluate(self, advance: Progress) -> tuple[EvaluationResult, list[RolloutGroup]]:
-        """Generates, judges and counts; collective over the world, the same result on every rank.
-
-        Returns the result and the judged groups of the sampled responses.
-        """
+    def evaluate(self, advance: Progress) -> Evaluation:
+        """Generates, judges, counts; collective over the world, the same result on every rank."""
         started = time.monotonic()
         settings = self.config.evaluation
         sampling = self.config.sampling
         sampled = replace(sampling, samples_per_question=settings.samples_per_question)
         groups = self._answer(sampled, SAMPLED, advance)
-        greedy = None
+        greedy: list[RolloutGroup] = []
         if settings.greedy:
             one = replace(sampling, samples_per_question=1, temperature=0.0, top_p=1.0)
-            greedy = fmean(_correct(group) for group in self._answer(one, GREEDY, advance))
+            greedy = self._answer(one, GREEDY, advance)
+        rate = fmean(_correct(group) for group in greedy) if greedy else None
         seconds = time.monotonic() - started
-        return summarise(groups, settings.pass_at, greedy, seconds), groups
+        return Evaluation(summarise(groups, settings.pass_at, rate, seconds), groups, greedy)
 
     def _answer(
         self, sampling: SamplingConfig, iteration: int, advance: Progress

@@ -82,7 +82,7 @@ def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
     """Evaluates the engines' weights after `iteration` iterations."""
     assert run.evaluator is not None, "validation asks for evaluation.path"
     with run.journal.phase("evaluate", run.evaluator.responses, "responses") as advance:
-        result, _ = run.evaluator.evaluate(advance)
+        result = run.evaluator.evaluate(advance).result
     run.journal.add(result.metrics())
     run.journal.write(iteration, kind="eval")
     return result

@@ -49,7 +49,7 @@ def main(out: Path, settings: list[str]) -> None:
         run.loop.weight_sync.push(check=True)
         end = same_everywhere(digest(policy_sums()))
         # Greedy answers are one a question: where these are few, some engine has nothing to do.
-        evaluation, _ = run.evaluator.evaluate(lambda _: None)
+        evaluation = run.evaluator.evaluate(lambda _: None).result
         metrics = run.journal.folder.metrics
     if world_rank() == 0:
         found = {

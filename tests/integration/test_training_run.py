@@ -128,8 +128,8 @@ def greedy_of_vllm(root: Path, trained: TrainingRun) -> list[dict[str, Any]]:
     return json.loads(out.read_text())
 
 
-def evaluation_settings(root: Path, trained: TrainingRun) -> list[str]:
-    return toy.settings(root, "unused", trained.model, run__seed=7)
+def evaluation_settings(root: Path, trained: TrainingRun, **more: Any) -> list[str]:
+    return toy.settings(root, "unused", trained.model, run__seed=7, **more)
 
 
 def test_fine_tuning_lowers_the_loss(fine_tuning: FineTuning) -> None:
@@ -338,14 +338,21 @@ def test_evaluate_finds_the_same_rates_on_the_exported_checkpoint(
     root: Path, trained: TrainingRun
 ) -> None:
     """The same seeds on the same weights: one rank here, two in the run that wrote them."""
-    finished = alone("evaluate", "--json", *evaluation_settings(root, trained))
+    settings = evaluation_settings(root, trained, evaluation__suites_folder=root)
+    output = root / "evaluated"
+    finished = alone("evaluate", "--suite", "held_out", "--output", output, "--json", *settings)
     assert finished.status == 0, finished.stderr
     found = json.loads(finished.stdout)
     assert found["model"] == str(trained.model)
-    assert found["questions"] == 16
+    result = found["suites"]["held_out"]["result"]
+    assert result["questions"] == 16
     for k in (1, 8):
-        assert found["pass_at"][str(k)] == trained.summary[f"pass_at_{k}"]["after"]
-    assert found["greedy"] == trained.summary["greedy"]["after"]
+        assert result["pass_at"][str(k)] == trained.summary[f"pass_at_{k}"]["after"]
+    assert result["greedy"] == trained.summary["greedy"]["after"]
+    kept = (output / "generations" / "held_out.jsonl").read_text().splitlines()
+    assert len(kept) == 16 * (8 + 1)
+    assert json.loads((output / "results.json").read_text()) == found
+    assert "held_out avg@8" in (output / "table.md").read_text()
 
 
 def test_transformers_and_vllm_write_the_same_greedy_text(
