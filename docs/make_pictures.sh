@@ -12,21 +12,17 @@ PATH="$PWD/.venv/bin:$PATH"
 picture() { # FILE ADDRESS HEIGHT: what a window of 1200 x HEIGHT shows at the page's address
   chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --force-color-profile=srgb --virtual-time-budget=20000 \
     --window-size="1200,$3" --screenshot="$PWD/$pictures/$1" "file://$page$2" 2>/dev/null
-  # Few colours are enough, and a quarter of the bytes.
-  python - "$pictures/$1" <<'PYTHON'
-import sys
-from PIL import Image
-
-path = sys.argv[1]
-Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
-PYTHON
   echo "$pictures/$1: $(stat --format=%s "$pictures/$1") bytes"
 }
 
 mkdir -p "$pictures"
 said=$(megatron-oreal report "$run" --out "$page" --json)
-# The wrong answer in which q falls the most, of those in which it does so past the first tokens, where a mean is restless.
-item=$(python -c 'import json, sys; print(json.load(sys.stdin)[0]["blamed"][0]["index_in_page"])' <<<"$said")
-token=$(python -c 'import json, sys; print(json.load(sys.stdin)[0]["blamed"][0]["blamed"]["index"])' <<<"$said")
+# The wrong answer in which q falls the most, at the token where it does.
+address=$(python -c '
+import json, sys
+
+blamed = json.load(sys.stdin)[0]["blamed"][0]
+print("#theme=light&view=tokens&stretch=1&item={}&token={}".format(blamed["item"], blamed["blamed"]["index"]))
+' <<<"$said")
 picture overview.png "#theme=light" 1260
-picture tokens.png "#theme=light&view=tokens&item=$item&token=$token&stretch=1" 680
+picture tokens.png "$address" 720

@@ -98,7 +98,7 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
     items = data["items"]
     return [
         {key: run[key] for key in kept}
-        | {"blamed": [_blamed(items[i]) for i in run["blamed"]], "transcripts": run["transcripts"]}
+        | {"blamed": [_blamed(items, i) for i in run["blamed"]], "transcripts": run["transcripts"]}
         for run in data["runs"]
     ]
 
@@ -126,13 +126,17 @@ def _title(data: dict[str, Any]) -> str:
 def _in_words(item: dict[str, Any]) -> str:
     blamed = item["blamed"]
     before, own, after = blamed["context"]
-    text = f"iteration {item['iteration']}, ...{before}>>{own}<<{after}...".encode("unicode_escape")
-    return f"{text.decode()}: q {blamed['before']:.3f} -> {blamed['after']:.3f}"
+    shown = [part.encode("unicode_escape").decode() for part in (before, own, after)]
+    return (
+        f"iteration {item['iteration']}, ...{shown[0]}>>{shown[1]}<<{shown[2]}...:"
+        f" q {blamed['before']:.3f} -> {blamed['after']:.3f}, most weight"
+        f" {blamed['heaviest_weight']:.3f} on token {blamed['heaviest']}"
+    )
 
 
-def _blamed(item: dict[str, Any]) -> dict[str, Any]:
+def _blamed(items: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
     kept = ("iteration", "prompt_id", "sample", "prompt", "gold_answer", "extracted", "blamed")
-    return {key: item.get(key) for key in kept}
+    return {"item": index} | {key: items[index].get(key) for key in kept}
 
 
 def _progress(run: dict[str, Any]) -> str:

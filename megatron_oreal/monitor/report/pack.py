@@ -149,12 +149,16 @@ def _blame(
         return {}
     index, before, after = found
     pieces = [piece(vocabulary, token) for token in tokens["token"].tolist()]
+    heaviest = int(np.argmax(tokens["token_weight"]))
     return {
         "blamed": {
             "index": index,
             "before": before,
             "after": after,
             "context": answers.context(pieces, index),
+            "heaviest": heaviest,
+            "heaviest_text": pieces[heaviest].decode("utf-8", "replace"),
+            "heaviest_weight": float(tokens["token_weight"][heaviest]),
         }
     }
 

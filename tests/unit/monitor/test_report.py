@@ -87,6 +87,8 @@ def test_the_overview_in_words(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert alarms == [("unverified", 1, 2), ("entropy", 3, None)]
     assert [item["blamed"]["index"] for item in said["blamed"]] == [report_run.FALL] * 2
     assert said["blamed"][0]["blamed"]["context"] == ["\\(2+3\\)=\\boxed{", "6", "}"]
+    assert said["blamed"][0]["blamed"]["heaviest"] == 8
+    assert said["blamed"][0]["blamed"]["heaviest_weight"] == 0.5
     assert said["transcripts"]["shown"] == said["transcripts"]["written"] == 24
     assert (run / "report.html").stat().st_size < 600_000
 

@@ -108,7 +108,7 @@ function blameRow(item) {
   return el("div", { className: "blame" },
     el("div", {}, "Iteration ", String(item.iteration), ": ", mathText(item.prompt), " – answered ", modelText(item.extracted ?? "nothing"), ", right is ", modelText(item.gold_answer), "."),
     el("div", {}, modelText(`…${before}`), appendText(el("mark", { className: "model" }), own), modelText(`${after}…`),
-      ` q falls from ${num(item.blamed.before, 3)} to ${num(item.blamed.after, 3)} at token ${item.blamed.index}. `,
+      ` q falls from ${num(item.blamed.before, 3)} to ${num(item.blamed.after, 3)} at token ${item.blamed.index}; the most weight, ${num(item.blamed.heaviest_weight, 3)}, is on token ${item.blamed.heaviest}, `, modelText(JSON.stringify(item.blamed.heaviest_text)), ". ",
       el("button", { type: "button", className: "small", textContent: "See its tokens", onclick: () => go({ view: "tokens", item: item.index, token: item.blamed.index }) })));
 }
 
