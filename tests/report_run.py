@@ -27,6 +27,7 @@ WORDS = (b"\\(", b"2", b"+", b"3", b"\\)", b"=", b"5", b"6", b"\\boxed{", b"}", 
 HOSTILE = (
     '<script>document.title="gone"</script>"><img src=x onerror=alert(1)> \x1b[31mred\u202etfel'
 )
+LINK = r"$\href{javascript:alert(1)}{x}\includegraphics{http://example.org/x.png}$"
 RIGHT, WRONG = (0, 1, 2, 3, 4, 5, 8, 6, 9, 10, 11), (0, 1, 2, 3, 4, 5, 8, 7, 9)
 # s_t of the wrong answer: believed until it has read token 7, "6"
 SCORES = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -15.0)
@@ -55,6 +56,9 @@ def make_run(
     sink.write(iterations, {"eval/pass_at_1": 0.75, "eval/greedy": 0.5}, "eval")
     sink.close()
     alarms.append(folder.alarms, ALARMS)
+    traces = folder.profile / "iteration_000002"
+    traces.mkdir(parents=True)
+    (traces / "rank_0.policy.trace.json.gz").touch()
     if finished:
         folder.write_summary({"hf": None})
     return root
@@ -86,7 +90,7 @@ def _group(iteration: int, name: str, pass_rate: float, response: str = "") -> R
     right = [pass_rate == 1, pass_rate > 0]
     outcomes = [Outcome.CORRECT if each else Outcome.INCORRECT for each in right]
     return RolloutGroup(
-        prompt=Prompt(f"{name}-{iteration}", f"What is $2+3$? {response}", "5", (0,)),
+        prompt=Prompt(f"{name}-{iteration}", f"What is $2+3$? {LINK} {response}", "5", (0,)),
         rollouts=tuple(_rollout(each, response) for each in right),
         verdicts=tuple(
             Verdict(o, "rule", "not equal", "56"[not r], 0.0)

@@ -47,13 +47,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads a `metrics.jsonl`, numbers that are not finite as floats again.
 
     A resumed run repeats the iterations since its checkpoint: of the lines of one kind and
-    iteration only the last is returned, in the order of these last lines.
+    iteration only the last is returned, in the order of these last lines. What stands after the
+    last line's end is being written, and left for the next time.
 
     Raises:
         UserError: naming file and line where a line is no object with `kind` and `iteration`.
     """
     records: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         record = _parse(line, f"{path}:{number}")

@@ -29,6 +29,12 @@ def test_product_files_are_short() -> None:
     assert not named([p for p in PRODUCT if len(p.read_text().splitlines()) > MAX_LINES])
 
 
+def test_scripts_of_the_report_are_short() -> None:
+    scripts = list((ROOT / "megatron_oreal").rglob("static/*.js"))
+    assert scripts
+    assert not named([p for p in scripts if len(p.read_text().splitlines()) > MAX_LINES])
+
+
 def test_package_initialisers_are_empty() -> None:
     assert not named([p for p in PRODUCT if p.name == "__init__.py" and p.read_text()])
 

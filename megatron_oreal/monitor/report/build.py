@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ def write(request: Request, out: Path) -> dict[str, Any]:
     """Writes the page, there whole or not at all, and returns its data."""
     data, chunks = read(request)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for run, folder in zip(data["runs"], request.folders, strict=True):
+        run["place"] = os.path.relpath(folder, out.parent)  # links in the page start there
     atomic_write(out, render(_title(data), data, chunks))
     return data
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from megatron_oreal.monitor.run_folder import RunFolder
+
 CHUNK_TOKENS = 1 << 15  # inflated at once, when one of its transcripts is opened
 COLUMNS = tuple(name for name in TOKEN_DTYPE.names or () if name != "token")
 _BLAMED = 3
@@ -110,7 +112,7 @@ def run_record(run: RunData, number: int, packed: Packed) -> dict[str, Any]:
         "time": answers.time_spent(run),
         "reward_model": answers.reward_model(run),
         "calibration": answers.calibration(pairs),
-        "calibration_from": _late(run),
+        "left": left_behind(run.folder),
         "blamed": _most_blamed(run, number, packed),
         "transcripts": {
             "written": len(run.places),
@@ -119,6 +121,18 @@ def run_record(run: RunData, number: int, packed: Packed) -> dict[str, Any]:
             "shown_tokens": sum(item["n"] for item in shown),
         },
     }
+
+
+def left_behind(folder: RunFolder) -> dict[str, list[str]]:
+    """Returns what else lies in the run's folder, by what it is: paths relative to the folder."""
+    kinds = {
+        "checkpoints": folder.checkpoints.glob("iteration_*"),
+        "Hugging Face checkpoints": folder.hf.glob("*"),
+        "traces": folder.profile.rglob("*.json*"),
+    }
+    found = {kind: sorted(paths) for kind, paths in kinds.items()}
+    root = folder.root
+    return {kind: [str(p.relative_to(root)) for p in paths] for kind, paths in found.items()}
 
 
 def _late(run: RunData) -> int:

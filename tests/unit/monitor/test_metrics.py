@@ -72,3 +72,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "m.jsonl", '{"kind": "train", "iteration": 0}', line)
     with pytest.raises(UserError, match=rf"m\.jsonl:2: {message}"):
         read_metrics(path)
+
+
+def test_a_line_that_is_being_written_is_left_for_the_next_time(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"kind": "train", "iteration": 0}\n{"kind": "tr')
+    assert [record["iteration"] for record in read_metrics(path)] == [0]

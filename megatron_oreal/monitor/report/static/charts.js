@@ -58,7 +58,12 @@ function draw(place, data, series, { height = HEIGHT, sync = true, axes, ...opti
 /** Returns a panel with a title and an explanation for the pointer. */
 function chartPanel(title, meaning) {
   const place = el("div", { className: "chart-place" });
-  const panel = el("section", { className: "panel chart", "aria-label": title }, el("h3", { textContent: title, title: meaning ?? "" }), place);
+  const panel = el(
+    "section",
+    { className: "panel chart", "aria-label": title },
+    el("h3", { textContent: title, title: meaning ?? "" }),
+    place,
+  );
   return { panel, place };
 }
 
@@ -66,10 +71,12 @@ function chartPanel(title, meaning) {
 function aligned(runs, kind, names) {
   const xs = [...new Set(runs.flatMap((run) => run[kind].iteration ?? []))].sort((a, b) => a - b);
   const rows = runs.flatMap((run, r) =>
-    names.filter(([name]) => run[kind][name]).map(([name, label], m) => {
-      const at = new Map(run[kind].iteration.map((x, i) => [x, run[kind][name][i]]));
-      return { name, label, run: r, metric: m, values: xs.map((x) => at.get(x) ?? null) };
-    }),
+    names
+      .filter(([name]) => run[kind][name])
+      .map(([name, label], m) => {
+        const at = new Map(run[kind].iteration.map((x, i) => [x, run[kind][name][i]]));
+        return { name, label, run: r, metric: m, values: xs.map((x) => at.get(x) ?? null) };
+      }),
   );
   return { xs, rows };
 }
@@ -120,7 +127,8 @@ function stackedChart(run, { title, meaning, names }) {
 function calibrationChart(runs) {
   const known = runs.filter((run) => run.calibration.length);
   if (!known.length) return null;
-  const meaning = "Answers written out in the last third of the run, in ten equal bins of the predicted probability; the thin line is perfect calibration.";
+  const meaning =
+    "Answers written out in the last third of the run, in ten equal bins of the predicted probability; the thin line is perfect calibration.";
   const { panel, place } = chartPanel("Calibration of the token reward model", meaning);
   const xs = [...new Set([0, 1, ...known.flatMap((run) => run.calibration.map((bin) => bin.p))])].sort((a, b) => a - b);
   const lines = known.map((run) => xs.map((x) => run.calibration.find((bin) => bin.p === x) ?? null));
@@ -134,9 +142,18 @@ function calibrationChart(runs) {
     value: (_, v, __, x) => (v === null || x === null ? "–" : `${percent(v)} of ${lines[i][x].count}`),
   }));
   const make = () =>
-    draw(place, data, [{ label: "predicted", value: (_, v) => num(v, 3) }, { label: "perfect", stroke: color("--line"), width: 1, points: { show: false } }, ...series], {
-      sync: false,
-      scales: { x: { time: false, range: [0, 1] }, y: { range: [0, 1] } },
-    });
+    draw(
+      place,
+      data,
+      [
+        { label: "predicted", value: (_, v) => num(v, 3) },
+        { label: "perfect", stroke: color("--line"), width: 1, points: { show: false } },
+        ...series,
+      ],
+      {
+        sync: false,
+        scales: { x: { time: false, range: [0, 1] }, y: { range: [0, 1] } },
+      },
+    );
   return { panel, make };
 }

@@ -36,7 +36,10 @@ async function tokensOf(item) {
 
 /** Adds the running mean of the scores, q = sigmoid of it, and the two other log-probabilities. */
 function withMeans(tokens, n) {
-  const mean = new Float64Array(n), q = new Float64Array(n), policy = new Float64Array(n), reference = new Float64Array(n);
+  const mean = new Float64Array(n),
+    q = new Float64Array(n),
+    policy = new Float64Array(n),
+    reference = new Float64Array(n);
   let sum = 0;
   for (let t = 0; t < n; t++) {
     sum += tokens.token_score[t];
@@ -50,7 +53,9 @@ function withMeans(tokens, n) {
 
 /** Returns the number whose IEEE half-precision bits these are. */
 function half(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 0x3ff;
+  const sign = bits & 0x8000 ? -1 : 1,
+    exponent = (bits >> 10) & 31,
+    fraction = bits & 0x3ff;
   if (exponent === 31) return fraction ? NaN : sign * Infinity;
   if (exponent === 0) return sign * fraction * 2 ** -24;
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
@@ -61,7 +66,10 @@ function textsOf(data, pieces) {
   const decoder = new TextDecoder();
   const texts = Array.from(pieces, (piece) => {
     const latin = data.pieces[piece];
-    return decoder.decode(Uint8Array.from(latin, (c) => c.charCodeAt(0)), { stream: true });
+    return decoder.decode(
+      Uint8Array.from(latin, (c) => c.charCodeAt(0)),
+      { stream: true },
+    );
   });
   const rest = decoder.decode();
   if (rest && texts.length) texts[texts.length - 1] += rest;
@@ -73,7 +81,8 @@ function largestFall(tokens, scoreIsBefore) {
   let fall = null;
   for (let t = 0; t + 1 < tokens.q.length; t++) {
     const by = tokens.q[t] - tokens.q[t + 1];
-    if (fall === null || by > fall.by) fall = { by, index: scoreIsBefore ? t : t + 1, before: tokens.q[t], after: tokens.q[t + 1] };
+    if (fall === null || by > fall.by)
+      fall = { by, index: scoreIsBefore ? t : t + 1, before: tokens.q[t], after: tokens.q[t + 1] };
   }
   return tokens.scored ? fall : null;
 }

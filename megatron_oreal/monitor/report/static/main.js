@@ -1,6 +1,11 @@
 // What is shown stands in the address, so that a reload, a link or the back button finds it again.
 
-const VIEWS = [["overview", "Overview"], ["rollouts", "Rollouts"], ["tokens", "Tokens"], ["health", "Health"]];
+const VIEWS = [
+  ["overview", "Overview"],
+  ["rollouts", "Rollouts"],
+  ["tokens", "Tokens"],
+  ["health", "Health"],
+];
 const NUMERIC = new Set(["run", "from", "to", "item", "token", "trained", "stretch"]);
 const QUIET_MS = 4000; // a page in use is not loaded again under the reader's hand
 
@@ -134,7 +139,8 @@ function nameRuns() {
   data.runs.forEach((run) => (run.label = twice ? run.folder : run.name));
   document.getElementById("run-name").textContent = data.runs.map((run) => run.label).join(", ");
   const live = data.runs.some((run) => !run.finished);
-  document.getElementById("run-state").textContent = `${live ? "still running" : "finished"}, written ${data.written}${data.iteration === null ? "" : `, answers of iteration ${data.iteration}`}`;
+  document.getElementById("run-state").textContent =
+    `${live ? "still running" : "finished"}, written ${data.written}${data.iteration === null ? "" : `, answers of iteration ${data.iteration}`}`;
 }
 
 async function start() {
@@ -142,7 +148,19 @@ async function start() {
   setTheme(state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   data = await openData();
   nameRuns();
-  document.getElementById("nav").append(...VIEWS.map(([view, name], i) => el("button", { type: "button", textContent: name, title: `Key ${i + 1}`, "data-view": view, onclick: () => go({ view }) })));
+  document
+    .getElementById("nav")
+    .append(
+      ...VIEWS.map(([view, name], i) =>
+        el("button", {
+          type: "button",
+          textContent: name,
+          title: `Key ${i + 1}`,
+          "data-view": view,
+          onclick: () => go({ view }),
+        }),
+      ),
+    );
   document.getElementById("theme").onclick = toggleTheme;
   document.getElementById("help").onclick = KEYS["?"];
   addEventListener("keydown", onKey);
@@ -158,6 +176,13 @@ async function start() {
 }
 
 start().catch((error) => {
-  document.getElementById("main").replaceChildren(el("p", { className: "note", textContent: `This page cannot be shown: ${error.message}. It needs Chromium, Firefox or Safari of 2023 or newer.` }));
+  document
+    .getElementById("main")
+    .replaceChildren(
+      el("p", {
+        className: "note",
+        textContent: `This page cannot be shown: ${error.message}. It needs Chromium, Firefox or Safari of 2023 or newer.`,
+      }),
+    );
   throw error;
 });

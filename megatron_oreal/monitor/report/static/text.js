@@ -50,7 +50,12 @@ function mathText(text, className = "", tag = "span") {
   return appendText(node, source.slice(from));
 }
 
-const DELIMITERS = [["$$", "$$", true], ["\\[", "\\]", true], ["\\(", "\\)", false], ["$", "$", false]];
+const DELIMITERS = [
+  ["$$", "$$", true],
+  ["\\[", "\\]", true],
+  ["\\(", "\\)", false],
+  ["$", "$", false],
+];
 
 /** Yields the formulas of a text: where each starts and ends, its TeX, and whether it is displayed. */
 function* formulas(text) {
