@@ -68,6 +68,12 @@ def flat_config(config: Config) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(_flatten(dataclasses.asdict(config), "")))
 
 
+def decisive_config(config: Config, sections: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """Returns the keys that begin with one of these and change what is computed, with values."""
+    pairs = flat_config(config).items()
+    return [p for p in pairs if p[0].startswith(sections) and not p[0].startswith(_HARMLESS)]
+
+
 def library_versions() -> dict[str, str]:
     """Returns the versions of what a run's numbers depend on, of those that are installed."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}

@@ -82,6 +82,11 @@ class RunFolder:
         return self.root / "recorded"
 
     @property
+    def bank(self) -> Path:
+        """Responses of iterations that no checkpoint has passed yet."""
+        return self.root / "bank"
+
+    @property
     def checkpoints(self) -> Path:
         """What a run resumes from, one folder a checkpoint."""
         return self.root / "checkpoints"
@@ -121,7 +126,8 @@ class RunFolder:
         if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise UserError(f"run.folder={self.root}: holds a run already; name another folder")
         try:
-            for folder in (self.rollouts, self.recorded, self.checkpoints, self.ranks, self.hf):
+            made = (self.rollouts, self.recorded, self.bank, self.checkpoints, self.ranks, self.hf)
+            for folder in made:
                 folder.mkdir(parents=True, exist_ok=True)
             for path in self.ranks.iterdir():  # of the start before
                 path.unlink()

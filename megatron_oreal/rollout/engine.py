@@ -26,8 +26,8 @@ class Request:
     seed: int
 
 
-class RolloutEngine(Protocol):
-    """A backend that samples responses; every method is collective over the world."""
+class Sampler(Protocol):
+    """Answers requests; collective over the world."""
 
     def generate(
         self,
@@ -49,6 +49,10 @@ class RolloutEngine(Protocol):
             UserError: if a prompt leaves no room in `sampling.max_total_tokens`.
         """
         ...
+
+
+class RolloutEngine(Sampler, Protocol):
+    """A backend that samples responses; every method is collective over the world."""
 
     @property
     def receivers(self) -> Collection[int] | None:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megatron_oreal.config.schema import SamplingConfig
-    from megatron_oreal.rollout.engine import Finished, RolloutEngine
+    from megatron_oreal.rollout.engine import Finished, Sampler
     from megatron_oreal.types import Prompt
 
 
 def generate_groups(
-    engine: RolloutEngine,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
@@ -30,7 +30,7 @@ def generate_groups(
     """Samples `sampling.samples_per_question` responses a prompt; collective over the world.
 
     Args:
-        engine: any rollout backend.
+        sampler: any rollout backend, or what stands before one.
         prompts: the same on every rank; one that occurs again draws fresh samples.
         sampling: how to sample.
         seed: seed of the run.
@@ -44,7 +44,7 @@ def generate_groups(
     """
     n_samples = sampling.samples_per_question
     requests = build_requests(prompts, n_samples, seed, iteration)
-    rollouts = engine.generate(requests, sampling, advance, finished)
+    rollouts = sampler.generate(requests, sampling, advance, finished)
     return [
         RolloutGroup(prompt, tuple(rollouts[i * n_samples : (i + 1) * n_samples]))
         for i, prompt in enumerate(prompts)

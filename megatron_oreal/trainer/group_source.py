@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
+from megatron_oreal.checkpoint.run_state import decisive_config
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
-from megatron_oreal.parallel.collectives import agree, broadcast_bytes, world_rank
+from megatron_oreal.parallel.collectives import (
+    agree,
+    all_gather_bytes,
+    broadcast_bytes,
+    world_rank,
+)
+from megatron_oreal.rollout.bank import Bank, BankedSampler, Banks
 from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.frames import DamagedRecord
 from megatron_oreal.rollout.groups import generate_groups
@@ -26,6 +36,9 @@ from megatron_oreal.trainer.judging import Judging
 from megatron_oreal.types import Prompt, RolloutGroup
 from megatron_oreal.verify.cascade import Verifier
 
+# What decides which groups come of a question, besides the header's own fields.
+_DECISIVE = ("model.", "sampling.", "verifier.", "judge.", "data.system_prompt")
+
 
 class GroupSource(Protocol):
     """Answers the questions of an iteration."""
@@ -38,12 +51,20 @@ class GroupSource(Protocol):
         """Leaves a record of an iteration's groups, where there is none yet; not collective."""
         ...
 
+    def forget(self, before: int) -> None:
+        """Removes what only a run that resumes before this iteration needs; not collective."""
+        ...
+
 
 @dataclass(frozen=True)
 class SampledGroups:
     """Samples from the engines' weights and has every answer judged, then records the groups.
 
-    An answer is judged as soon as its engine has it, while others still generate.
+    An answer is judged as soon as its engine has it, while others still generate. Both are banked
+    as they come: a run that resumes asks and judges only what is not done.
+
+    Attributes:
+        weights: tells the weights that the engines sample from; collective over the world.
     """
 
     config: Config
@@ -51,32 +72,57 @@ class SampledGroups:
     verifier: Verifier
     journal: Journal
     vocabulary: str
+    weights: Callable[[], str]
 
     def answer(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
         """See `GroupSource.answer`."""
-        groups = self.sample(prompts, iteration)
+        header = decisive_header(self.config, self.vocabulary, iteration, self.weights())
+        groups = self.sample(prompts, header)
         if self.config.rollout.record:
             self._record(groups, iteration)
         return groups
 
-    def sample(self, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
-        """Does the same and records nothing; collective over the world."""
-        judging = Judging(self.verifier, prompts, self.config.sampling.samples_per_question)
-        return self._judge(self._generate(prompts, iteration, judging), judging)
+    def sample(self, prompts: Sequence[Prompt], header: RecordHeader) -> list[RolloutGroup]:
+        """Does the same for an iteration of that header and records nothing; collective, world."""
+        with Banks(self.journal.folder.bank).open(header, prompts) as bank:
+            self._say_what_is_banked(bank, header)
+            judging = Judging(
+                self.verifier, prompts, header.samples, known=bank.verdicts, judged=bank.put
+            )
+            groups = self._generate(prompts, header.iteration, judging, bank)
+            groups = self._judge(groups, judging)
+        for problem in filter(None, all_gather_bytes(bank.file.problem.encode())):
+            self.journal.say(f"iteration {header.iteration} is not banked: {problem.decode()}")
+        return groups
 
     def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
         """See `GroupSource.keep`."""
         if not self.config.rollout.record:
             self._record(groups, iteration)
 
+    def forget(self, before: int) -> None:
+        """See `GroupSource.forget`."""
+        if world_rank() == 0:
+            Banks(self.journal.folder.bank).forget(before)
+
+    def _say_what_is_banked(self, bank: Bank, header: RecordHeader) -> None:
+        for problem in bank.problems:
+            self.journal.say(problem)
+        if bank.entries:
+            self.journal.say(
+                f"iteration {header.iteration}: {len(bank.entries)} of"
+                f" {header.questions * header.samples} responses and {len(bank.verdicts)} verdicts"
+                " are in the bank"
+            )
+
     def _generate(
-        self, prompts: Sequence[Prompt], iteration: int, judging: Judging
+        self, prompts: Sequence[Prompt], iteration: int, judging: Judging, bank: Bank
     ) -> list[RolloutGroup]:
         sampling = self.config.sampling
         responses = len(prompts) * sampling.samples_per_question
         with self.journal.phase("generate", responses, "responses") as advance:
             groups = generate_groups(
-                self.engine,
+                BankedSampler(self.engine, bank),
                 prompts,
                 sampling,
                 seed=self.config.run.seed,
@@ -84,7 +130,9 @@ class SampledGroups:
                 advance=advance,
                 finished=judging.take,
             )
-        self.journal.generated(groups)
+        tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+        banked = sum(len(entry.rollout.tokens) for entry in bank.entries.values())
+        self.journal.generated(tokens - banked)
         return groups
 
     def _judge(self, groups: Sequence[RolloutGroup], judging: Judging) -> list[RolloutGroup]:
@@ -144,6 +192,9 @@ class RecordedGroups:
 
     def keep(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
         """Does nothing: what came from a record has one."""
+
+    def forget(self, before: int) -> None:
+        """Does nothing: the record is another run's."""
 
     def _read(self, iteration: int) -> bytes:
         """Reads on rank 0 what every rank returns; collective over the world."""
@@ -222,4 +273,18 @@ def expected_header(config: Config, vocabulary: str, iteration: int) -> RecordHe
         questions=config.data.questions_per_iteration,
         samples=config.sampling.samples_per_question,
         vocabulary=vocabulary,
+    )
+
+
+def decisive_header(
+    config: Config, vocabulary: str, iteration: int, weights: str = ""
+) -> RecordHeader:
+    """Returns the same with a digest of all else that decides which groups come of a question.
+
+    `weights` tells those of the engines where they are not the checkpoint's of `model.path`.
+    """
+    decisive = msgspec.json.encode((decisive_config(config, _DECISIVE), weights))
+    digest = hashlib.blake2b(decisive, digest_size=16).hexdigest()
+    return msgspec.structs.replace(
+        expected_header(config, vocabulary, iteration), sampled_by=digest
     )

@@ -132,9 +132,8 @@ class Journal:
         """Adds metrics to the iteration that is under way."""
         self._metrics |= metrics
 
-    def generated(self, groups: Sequence[RolloutGroup]) -> None:
-        """Records how fast groups came, after the phase `generate`."""
-        tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
+    def generated(self, tokens: int) -> None:
+        """Records how fast so many tokens came, after the phase `generate`."""
         rate = tokens / self._timers.seconds("generate")
         self.add({"throughput/generated_tokens_per_s": rate})
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -14,6 +15,9 @@ import msgspec
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank, world_size
 from megatron_oreal.types import Advance, Prompt, Rollout, RolloutGroup, Verdict
 from megatron_oreal.verify.cascade import Answer, Verifier
+
+Judged = Callable[[int, Rollout, Verdict], None]
+"""Told the number of a response, the response and the verdict on it."""
 
 
 class Judging:
@@ -28,11 +32,29 @@ class Judging:
             response; over all ranks, known after `judge`.
     """
 
-    def __init__(self, verifier: Verifier, prompts: Sequence[Prompt], n_samples: int) -> None:
-        """Expects `n_samples` responses a prompt, prompt by prompt."""
+    def __init__(
+        self,
+        verifier: Verifier,
+        prompts: Sequence[Prompt],
+        n_samples: int,
+        *,
+        known: Mapping[int, Verdict] = MappingProxyType({}),
+        judged: Judged = lambda _index, _rollout, _verdict: None,
+    ) -> None:
+        """Expects `n_samples` responses a prompt, prompt by prompt.
+
+        Args:
+            verifier: judges.
+            prompts: what was asked.
+            n_samples: responses a prompt.
+            known: verdicts that are there already, by response; alike on every rank.
+            judged: told each other verdict as it comes, on one rank, in some thread.
+        """
         self._verifier = verifier
         self._prompts = prompts
         self._n_samples = n_samples
+        self._known = known
+        self._judged = judged
         self._verdicts: dict[int, Future[Verdict]] = {}
         self.metrics: dict[str, float] = {}
 
@@ -45,16 +67,23 @@ class Judging:
 
     def take(self, index: int, rollout: Rollout) -> None:
         """Begins to judge the response to a request; local to a rank, returns at once."""
+        if index in self._known:
+            return
         prompt = self._prompts[index // self._n_samples]
-        self._verdicts[index] = self._verifier.submit(
-            Answer(
-                prompt.gold_answer,
-                rollout.text,
-                rollout.stopped,
-                data_source=prompt.data_source,
-                question=prompt.question,
-            )
+        answer = Answer(
+            prompt.gold_answer,
+            rollout.text,
+            rollout.stopped,
+            data_source=prompt.data_source,
+            question=prompt.question,
         )
+
+        def tell(verdict: Future[Verdict]) -> None:
+            if not verdict.cancelled() and verdict.exception() is None:
+                self._judged(index, rollout, verdict.result())
+
+        self._verdicts[index] = self._verifier.submit(answer)
+        self._verdicts[index].add_done_callback(tell)
 
     def judge(
         self, groups: Sequence[RolloutGroup], advance: Advance = lambda _: None
@@ -72,7 +101,7 @@ class Judging:
         _wait(list(self._verdicts.values()), len(rollouts), advance)
         own = {index: verdict.result() for index, verdict in self._verdicts.items()}
         waited = time.monotonic() - started
-        verdicts: dict[int, Verdict] = {}
+        verdicts = dict(self._known)
         waits, early_counts = [], []
         for seconds, count, share in _exchange((waited, early, own), tuple[float, int, _Share]):
             waits.append(seconds)
@@ -93,7 +122,7 @@ class Judging:
 
         Neighbours, which are alike in length and difficulty, spread over the ranks.
         """
-        taken = set().union(*_exchange(list(self._verdicts), list[int]))
+        taken = set(self._known).union(*_exchange(list(self._verdicts), list[int]))
         left = [index for index in range(len(rollouts)) if index not in taken]
         for index in left[world_rank() :: world_size()]:
             self.take(index, rollouts[index])

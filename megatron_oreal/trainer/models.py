@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from megatron_oreal.checkpoint.tensors import StoredModel
@@ -21,8 +23,9 @@ from megatron_oreal.parallel.collectives import agree, world_rank, world_size
 from megatron_oreal.parallel.topology import Topology
 from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.weight_sync import WeightSync, open_sync
-from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream
-from megatron_oreal.weights.layout import MegatronPlace, megatron_regions
+from megatron_oreal.weights.bridge import HfStream, export_hf, load_hf, open_stream, survey
+from megatron_oreal.weights.layout import MegatronPlace, hf_regions, megatron_regions
+from megatron_oreal.weights.sums import source_sums
 
 MIB = 1 << 20
 
@@ -72,6 +75,21 @@ class ModelSource:
             round_bytes=self.config.rollout.sync_round_mib * MIB,
             check=self.config.rollout.check_sync,
         )
+
+    def weights_digest(self, policy: Policy) -> Callable[[], str]:
+        """Returns what tells a policy's present weights from all others; both collective, world.
+
+        The same for the same weights under every layout.
+        """
+        params = policy.model.parameters()
+        found = survey(params, self.family, self.dims, self.place)
+        whole = hf_regions(self.family.tensors(self.dims))
+        sums = source_sums(found.tensors, found.sources, [whole], rank=world_rank(), params=params)
+
+        def digest() -> str:
+            return hashlib.blake2b(msgspec.json.encode(sums.count()), digest_size=16).hexdigest()
+
+        return digest
 
     def stored(self, model: MegatronModel) -> StoredModel:
         """Says where a model's parameters lie in a checkpoint; not collective."""

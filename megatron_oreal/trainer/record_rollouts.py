@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
-
 from megatron_oreal.algorithm import shaping
 from megatron_oreal.checkpoint.folder import list_iterations
-from megatron_oreal.checkpoint.run_state import flat_config
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
 from megatron_oreal.config.validate import check_engines
@@ -22,15 +18,12 @@ from megatron_oreal.monitor.run_folder import RunFolder
 from megatron_oreal.parallel.collectives import agree, broadcast_bytes, world_rank, world_size
 from megatron_oreal.rollout.frames import DamagedRecord
 from megatron_oreal.rollout.record import RecordHeader, read_header, record_path, write_groups
-from megatron_oreal.trainer.group_source import SampledGroups, expected_header
+from megatron_oreal.trainer.group_source import SampledGroups, decisive_header
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.resume import stop_on_signal
 from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.setup import Texts, open_engines, read_texts
 from megatron_oreal.types import Prompt
-
-# What decides which groups come of a question, besides the header's own fields.
-_DECISIVE = ("model.", "sampling.", "verifier.", "judge.", "data.system_prompt")
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Recording:
             UserError: The record cannot be written, or an alarm is to end the run.
         """
         journal, iteration = self.journal, header.iteration
-        groups = self.source.sample(prompts, iteration)
+        groups = self.source.sample(prompts, header)
         journal.groups(groups)
         self.alarms.sampled(groups)
         journal.transcripts(iteration, shaping.shape_rewards(groups, self.config.oreal), None)
@@ -59,6 +52,7 @@ class Recording:
         with agree(), _refusals():
             if world_rank() == 0:
                 write_groups(journal.folder.recorded, header, groups)
+                self.source.forget(iteration + 1)
         self.alarms.stop(iteration)
 
 
@@ -75,7 +69,7 @@ def record_rollouts(config: Config) -> bool:
     texts = read_texts(config, training=True)
     with agree():
         sampler = PromptSampler(texts.training, config.run.seed, config.data.balance_by_pass_rate)
-    header = partial(_header, config, texts)
+    header = partial(decisive_header, config, texts.vocabulary)
     iterations, first = config.schedule.iterations, _recorded(config, texts)
     with contextlib.ExitStack() as stack:
         journal = Journal(config, iterations, again=first > 0)
@@ -113,20 +107,13 @@ def _check(config: Config) -> None:
         raise UserError(f"run.folder={folder.root}: holds a training run; name another folder")
 
 
-def _header(config: Config, texts: Texts, iteration: int) -> RecordHeader:
-    flat = flat_config(config).items()
-    decisive = [pair for pair in flat if pair[0].startswith(_DECISIVE)]
-    digest = hashlib.blake2b(msgspec.json.encode(decisive), digest_size=16).hexdigest()
-    header = expected_header(config, texts.vocabulary, iteration)
-    return msgspec.structs.replace(header, sampled_by=digest)
-
-
 def _recorded(config: Config, texts: Texts) -> int:
     """Returns how many iterations are recorded from the first on; collective over the world."""
     done, folder = 0, RunFolder.of(config).recorded
     if world_rank() == 0:
         with contextlib.suppress(OSError, DamagedRecord):
-            while read_header(record_path(folder, done)) == _header(config, texts, done):
+            header = partial(decisive_header, config, texts.vocabulary)
+            while read_header(record_path(folder, done)) == header(done):
                 done += 1
     return int(broadcast_bytes(str(done).encode()))
 

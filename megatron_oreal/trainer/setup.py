@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
@@ -104,6 +104,7 @@ class TrainingRun:
                 seconds=self.journal.seconds,
                 progress=progress,
             )
+            self.loop.source.forget(iteration)
 
 
 def read_texts(config: Config, *, training: bool) -> Texts:
@@ -196,7 +197,8 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             policy, reference, token_rm = _build_models(source, resumed)
             engines = None
             if not config.rollout.replay:
-                engines = stack.enter_context(open_engines(config, texts, journal))
+                weights = source.weights_digest(policy)
+                engines = stack.enter_context(open_engines(config, texts, journal, weights))
         # Last, to see an error before the engines do: they would wait for ranks that have failed.
         stack.enter_context(journal.watchdog.first_error_only())
         loop = OrealLoop(
@@ -238,13 +240,18 @@ class Engines:
 
 
 @contextlib.contextmanager
-def open_engines(config: Config, texts: Texts, journal: Journal) -> Iterator[Engines]:
-    """Starts engines and verifier and ends them again; collective over the world."""
+def open_engines(
+    config: Config, texts: Texts, journal: Journal, weights: Callable[[], str] = str
+) -> Iterator[Engines]:
+    """Starts engines and verifier and ends them again; collective over the world.
+
+    `weights` tells those that the engines hold, empty for the checkpoint's of `model.path`.
+    """
     with (
         Verifier(config.verifier, config.judge) as verifier,
         contextlib.closing(start_engine(config, texts)) as engine,
     ):
-        source = SampledGroups(config, engine, verifier, journal, texts.vocabulary)
+        source = SampledGroups(config, engine, verifier, journal, texts.vocabulary, weights)
         evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
         yield Engines(engine, source, evaluator)
 

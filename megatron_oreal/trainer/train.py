@@ -44,6 +44,7 @@ def train(config: Config) -> bool:
                 return False
         after = _evaluate(run, iterations) if settings.at_end else None
         exported = _export(run, "final") if config.export.at_end else None
+        run.loop.source.forget(iterations)
         _report(run, before, after, exported)
     return True
 

@@ -13,10 +13,13 @@ import torch
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
+from megatron_oreal.parallel.collectives import all_gather_bytes, barrier, world_rank
+from megatron_oreal.rollout.bank import BankedSampler, Banks
 from megatron_oreal.rollout.engine import Request
+from megatron_oreal.rollout.record import RecordHeader
 from megatron_oreal.rollout.seeds import sample_seed
 from megatron_oreal.rollout.weight_sync import WeightSync, WholeTensorRoute
+from megatron_oreal.types import Prompt
 from megatron_oreal.weights.bridge import HfStream, Survey
 from megatron_oreal.weights.layout import hf_regions
 from megatron_oreal.weights.plan import TensorSpec, make_plan
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
+    from megatron_oreal.rollout.engine import Sampler
     from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
     from megatron_oreal.rollout.vllm_server import VllmServer
     from megatron_oreal.types import Rollout
@@ -75,10 +79,12 @@ class Case:
             for sample in range(SAMPLED.samples_per_question)
         ]
 
-    def generate(self, requests: list[Request], sampling: SamplingConfig) -> list[Rollout]:
+    def generate(
+        self, requests: list[Request], sampling: SamplingConfig, sampler: Sampler | None = None
+    ) -> list[Rollout]:
         advanced: list[int] = []
         streamed: list[tuple[int, Rollout]] = []
-        rollouts = self.engine.generate(
+        rollouts = (sampler or self.engine).generate(
             requests, sampling, advanced.append, lambda *one: streamed.append(one)
         )
         if sum(advanced) != len(requests) or not all(n > 0 for n in advanced):
@@ -112,6 +118,26 @@ class Case:
                 load(self.folder / "old"), self.requests, rollouts
             ),
         }
+
+    def banked(self) -> None:
+        """Sampled anew and banked; then by a bank that half is missing of; then by a whole one."""
+        banks = Banks(self.folder / "bank")
+        if world_rank() == 0:
+            banks.folder.mkdir()
+        barrier()
+        header = RecordHeader(1, 0, 0, len(prompts()), SAMPLED.samples_per_question, "")
+        asked = [Prompt(str(i), "", "", tokens) for i, tokens in enumerate(prompts())]
+        found = []
+        for _ in range(3):
+            with banks.open(header, asked) as bank:
+                sampler = BankedSampler(self.engine, bank)
+                rollouts = self.generate(self.requests, SAMPLED, sampler)
+            found.append([len(bank.entries), bank.problems, [asdict(r) for r in rollouts]])
+            barrier()
+            if len(found) == 1 and world_rank() == 0:
+                (banks.folder / "iteration_000000.rank_00001").unlink()
+            barrier()
+        self.found["banked"] = found
 
     def greedy(self, weights: str) -> None:
         """Twice the same prompts, the second time from the prefix cache where that holds them."""

@@ -98,6 +98,15 @@ def test_a_seed_draws_the_same_tokens_in_any_order_on_any_engine_and_alone(found
     assert found[case]["alone"] == tokens[:8]
 
 
+@pytest.mark.parametrize("case", IN_PROCESS)
+def test_what_a_bank_holds_is_not_sampled_again_and_the_rest_as_ever(found, case):
+    """On engines of one rank each of both ranks' halves one is lost, on one engine of two too."""
+    rollouts = found[case]["rollouts"]
+    banked = [entries for entries, _, _ in found[case]["banked"]]
+    assert banked == [0, len(rollouts) // 2, len(rollouts)]
+    assert all(got == rollouts and not named for _, named, got in found[case]["banked"])
+
+
 @pytest.mark.parametrize("other", ["tied_tp2", "server"])
 def test_two_ranks_of_one_engine_or_a_server_sample_what_one_rank_samples(found, other):
     one, two = (

@@ -10,14 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_oreal.rollout.frames import (
-    MARK,
-    DamagedRecord,
-    Frames,
-    framed,
-    read_frames,
-    whole_bytes,
-)
+from megatron_oreal.rollout.frames import MARK, DamagedRecord, framed, read_frames
 from megatron_oreal.rollout.record import (
     FORMAT,
     RecordHeader,
@@ -61,24 +54,6 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == [path]
     assert decode_groups(path.read_bytes()) == (HEADER, GROUPS)
     assert read_header(path) == HEADER
-
-
-def test_records_are_appended_one_at_a_time(tmp_path: Path) -> None:
-    path, frames = tmp_path / "bank", Frames()
-    path.write_bytes(MARK)
-    for part in content():
-        with path.open("ab") as file:
-            file.write(frames.frame(part))
-    assert path.read_bytes() == whole(content())
-
-
-@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(0, 400))
-def test_a_file_cut_anywhere_is_whole_up_to_its_last_record(parts: list[bytes], at: int) -> None:
-    data = whole(parts)
-    cut = data[: min(at, len(data))]
-    kept = cut[: whole_bytes(cut)]
-    whole_records = [n for n in range(len(parts) + 1) if len(whole(parts[:n])) <= len(cut)]
-    assert kept == (whole(parts[: whole_records[-1]]) if whole_records else b"")
 
 
 @given(st.data())
