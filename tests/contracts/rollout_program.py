@@ -119,7 +119,6 @@ def run_untied(folder: Path) -> dict[str, Any]:
     case = InProcess(folder, tp=1)
     after_start = process_state()
     case.sampling()
-    case.banked()
     after_generate = process_state()
     case.greedy("old")
     case.reload()
