@@ -33,6 +33,7 @@ def test_create_makes_the_whole_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "x")
     folder.create("run:\n  seed: 0\n")
     assert sorted(p.name for p in folder.root.iterdir()) == [
+        "bank",
         "checkpoints",
         "config.yaml",
         "hf",
