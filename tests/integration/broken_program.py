@@ -1,6 +1,6 @@
 """The command line, with a death or a fault at a moment of a run.
 
-`BREAK='{"phase": "policy", "iteration": 3, ...}' python -m tests.integration.broken_program train ...`
+`BREAK='{"phase": "policy", "iteration": 3}' python -m tests.integration.broken_program train ...`
 
 Nothing of the run itself is replaced: what stands around its phases only watches them go by.
 """
