@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import msgspec
 
@@ -33,7 +34,7 @@ def find_files(source: str | Path, key: str) -> list[Path]:
         source: A file; a pattern with `*`; a folder of Parquet or JSONL files of one split, or one
             that `save_to_disk` of the `datasets` library wrote; or
             `hf://datasets/OWNER/NAME[@REVISION][/PATTERN]`, which is downloaded into the cache of
-            huggingface_hub.
+            huggingface_hub; a slash in REVISION is written %2F.
         key: The config key that names it, for errors.
 
     Raises:
@@ -101,7 +102,7 @@ def _download(url: str, key: str) -> Path:
         folder = snapshot_download(
             f"{owner}/{name}",
             repo_type="dataset",
-            revision=revision or None,
+            revision=unquote(revision) or None,
             allow_patterns=wanted,
         )
     except (OSError, ValueError) as error:
