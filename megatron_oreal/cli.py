@@ -183,12 +183,14 @@ def _run(options: argparse.Namespace, config: Config) -> int:
     from megatron_oreal.trainer.evaluate import evaluate
     from megatron_oreal.trainer.record_rollouts import record_rollouts
     from megatron_oreal.trainer.sft import fine_tune
+    from megatron_oreal.trainer.start import check_start
     from megatron_oreal.trainer.train import train
 
     if not has_gpu():  # advice on CUDA's queues
         warnings.filterwarnings("ignore", message="When using sequence parallelism it is recomm")
     start_world(config.watchdog.timeout_s)
     try:
+        check_start(config, judges=options.command in ("train", "rollout", "evaluate"))
         runs = {"train": train, "rollout": record_rollouts, "sft": fine_tune}
         if options.command in runs:
             return 0 if runs[options.command](config) else STOPPED_EXIT

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from megatron_oreal.doctor.judges import check_judges
 from megatron_oreal.doctor.machine import check_machine, gpu_lines
 from megatron_oreal.doctor.packages import check_packages, installed
 from megatron_oreal.doctor.report import Finding
@@ -48,5 +49,5 @@ def _look(config: Config, *, with_inputs: bool) -> list[Finding]:
     findings = check_packages(bool(gpus)) + check_machine(gpus)
     findings += check_variables(os.environ, gpus=bool(gpus))
     if with_inputs:
-        findings += check_inputs(config)
+        findings += check_inputs(config) + check_judges(config.judge)
     return findings + check_folder(config)

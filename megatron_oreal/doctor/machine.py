@@ -16,6 +16,7 @@ SHARED_MEMORY_BYTES = 8 * GIB  # what NCCL and vLLM's workers exchange through
 OPEN_FILES = 65536
 _AREA = "machine"
 _QUERY = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+_NEAR = {"PIX", "PXB"}
 _COMMAND_TIMEOUT_S = 10.0
 
 
@@ -33,7 +34,8 @@ def check_machine(gpus: list[str]) -> list[Finding]:
     """
     findings = [_gpus(gpus)]
     if len(gpus) > 1:
-        findings.append(links(_nvidia_smi("topo", "-m")))
+        topology = _nvidia_smi("topo", "-m")
+        findings += [links(topology), *cards_by_gpu(topology)]
     findings += network_cards(Path("/sys/class/infiniband"), needed=bool(gpus))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     findings.append(
@@ -67,6 +69,28 @@ def links(topology: str) -> Finding:
     others = ", ".join(sorted({cell for cell in cells if not cell.startswith("NV")})) or "unknown"
     says = "tensor parallelism over these links is slow: keep parallel.tensor within NVLink"
     return Finding(_AREA, "GPU links", Level.NOTE, f"not all NVLink: {others}", says)
+
+
+def cards_by_gpu(topology: str) -> list[Finding]:
+    """Reads `nvidia-smi topo -m`: how far each GPU is from the nearest network card.
+
+    `PIX` and `PXB` are within PCIe switches; all else goes through the processor.
+
+    Args:
+        topology: Its output; columns and rows `NIC#` for cards, a legend that names them.
+    """
+    lines = [line.split() for line in topology.splitlines()]
+    header = next((line for line in lines if line[:1] == ["GPU0"]), [])
+    columns = [i for i, name in enumerate(header) if name.startswith("NIC")]
+    rows = [line for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and line != header]
+    if not columns or not rows:
+        return []
+    far = [row[0] for row in rows if not {row[i + 1] for i in columns if i + 1 < len(row)} & _NEAR]
+    if not far:
+        found = f"a card of {len(columns)} near each GPU"
+        return [Finding(_AREA, "network cards", Level.FINE, found)]
+    says = "their traffic crosses the processor: expect half of a card's rate"
+    return [Finding(_AREA, "network cards", Level.NOTE, f"none near {', '.join(far)}", says)]
 
 
 def network_cards(folder: Path, *, needed: bool) -> list[Finding]:

@@ -13,10 +13,16 @@ import msgspec
 from megatron_oreal.doctor.packages import TESTED, VLLM, installed
 from megatron_oreal.doctor.report import Finding, Level
 from megatron_oreal.doctor.variables import shared_variables
+from megatron_oreal.parallel.bandwidth import Rate, rates
 from megatron_oreal.parallel.collectives import all_gather_bytes, barrier, world_rank, world_size
+from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 
 CLOCK_SKEW_S = 0.5  # above it, logs of ranks cannot be laid beside each other
+# Bus bandwidth in bytes a second below which a network is not what a GPU machine's should be:
+# half of what an A100's NVLink reaches, and of one card of 200 Gb/s a GPU.
+IN_NODE, ACROSS_NODES = 115e9, 10e9
 _AREA = "ranks"
+_ONE_ENVIRONMENT = "versions differ: install the same everywhere, from one environment or image"
 _ROUNDS = 7
 
 
@@ -35,8 +41,28 @@ def check_ranks(host: str) -> list[Finding]:
     return [
         Finding(_AREA, "world", Level.FINE, ranks),
         clock_finding(_offsets(), hosts),
-        *differences([values for _, values in gathered]),
+        *differences([values for _, values in gathered], hosts),
+        *rate_findings(*rates(hosts), gpus=has_gpu()),
     ]
+
+
+def rate_findings(within: Rate | None, across: Rate | None, *, gpus: bool) -> list[Finding]:
+    """Judges what an all-reduce came to within nodes, and over all of them; pure."""
+    findings = []
+    for where, rate, least, says in (
+        ("in a node", within, IN_NODE, "slower than NVLink: see GPU links above"),
+        ("across nodes", across, ACROSS_NODES, "slower than InfiniBand: NCCL_DEBUG=INFO says why"),
+    ):
+        if rate is not None:
+            slow = gpus and rate.bytes_per_s < least
+            found = (
+                f"{rate.bytes_per_s / 1e9:.2f} GB/s, {rate.nbytes >> 20} MiB over {rate.ranks}"
+                f" ranks, {'NCCL' if gpus else 'gloo'}"
+            )
+            level = Level.NOTE if slow else Level.FINE
+            name = f"all-reduce {where}"
+            findings.append(Finding(_AREA, name, level, found, says if slow else ""))
+    return findings
 
 
 def gather_findings(findings: Sequence[Finding]) -> list[Finding]:
@@ -67,23 +93,31 @@ def clock_finding(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     return Finding(_AREA, "clocks", Level.NOTE, found, says)
 
 
-def differences(environments: Sequence[Mapping[str, str]]) -> list[Finding]:
-    """Names what ranks do not agree on, with the ranks of each value; pure."""
+def differences(environments: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[Finding]:
+    """Names what ranks do not agree on, with the ranks of each value; pure.
+
+    Versions that differ fail the examination: a run refuses to start on them.
+    """
     findings = []
     for name in sorted({name for values in environments for name in values}):
         ranks: dict[str, list[int]] = defaultdict(list)
         for rank, values in enumerate(environments):
             ranks[values.get(name, "not set")].append(rank)
         if len(ranks) > 1:
-            found = "; ".join(f"{value} on {_shown(where)}" for value, where in ranks.items())
-            says = "ranks differ: set it alike on all nodes"
-            findings.append(Finding(_AREA, name, Level.NOTE, found, says))
+            found = "; ".join(
+                f"{value} on {_shown(where, hosts)}" for value, where in ranks.items()
+            )
+            is_package = name in TESTED or name in VLLM
+            level = Level.MISSING if is_package else Level.NOTE
+            says = _ONE_ENVIRONMENT if is_package else "ranks differ: set it alike on all nodes"
+            findings.append(Finding(_AREA, name, level, found, says))
     return findings or [Finding(_AREA, "environments", Level.FINE, "alike")]
 
 
-def _shown(ranks: Sequence[int]) -> str:
+def _shown(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     few = 4
-    return "rank " + ", ".join(map(str, ranks[:few])) + (", ..." if len(ranks) > few else "")
+    shown = ", ".join(map(str, ranks[:few])) + (", ..." if len(ranks) > few else "")
+    return f"rank {shown} ({hosts[ranks[0]]})"
 
 
 def _offsets() -> list[float]:

@@ -49,7 +49,7 @@ class Judge:
             UserError: the environment variable that shall hold the key is not set.
         """
         self._config = config
-        key = _read_key(config.api_key_variable)
+        key = read_key(config.api_key_variable)
         self._waiting = 0
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -155,7 +155,8 @@ class Judge:
         return min(self._config.backoff_s * 2.0 ** (attempt - 1), _MAX_PAUSE_S) * spread
 
 
-def _read_key(variable: str | None) -> str:
+def read_key(variable: str | None) -> str:
+    """Returns what servers want to be shown; a `UserError` where the variable is not set."""
     if not variable:
         return "none"
     if variable not in os.environ:

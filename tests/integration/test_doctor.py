@@ -19,6 +19,7 @@ def test_two_ranks_are_compared() -> None:
     assert found["world"]["found"] == "2 on 1 hosts"
     assert found["clocks"]["level"] == "fine"
     assert found["environments"]["found"] == "alike"
+    assert "over 2 ranks, gloo" in found["all-reduce in a node"]["found"]
     assert found["import vllm"]["level"] != "missing"
     assert sum(finding["name"] == "torch" for finding in report["findings"]) == 1
 

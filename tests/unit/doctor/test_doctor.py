@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
-from megatron_oreal.doctor.machine import check_machine, links, network_cards
+from megatron_oreal.config.schema import JudgeConfig
+from megatron_oreal.doctor.judges import check_judges
+from megatron_oreal.doctor.machine import cards_by_gpu, check_machine, links, network_cards
 from megatron_oreal.doctor.packages import _compared, _required
-from megatron_oreal.doctor.ranks import clock_finding, differences
+from megatron_oreal.doctor.ranks import clock_finding, differences, rate_findings
 from megatron_oreal.doctor.report import Finding, Level, as_json, as_table, exit_status
 from megatron_oreal.doctor.storage import check_folder, check_inputs
 from megatron_oreal.doctor.variables import check_variables, shared_variables
+from megatron_oreal.parallel.bandwidth import Rate
+from megatron_oreal.verify.judge_check import check_judges as check_judge_before_a_run
+from tests.contracts.judge_server import RIGHT, Server
 
 ROOT = Path(__file__).parents[3]
 FINE, NOTE, MISSING = Level.FINE, Level.NOTE, Level.MISSING
@@ -103,11 +111,79 @@ def test_secrets_and_what_is_a_ranks_own_are_not_compared() -> None:
 
 
 def test_differences_name_the_ranks() -> None:
-    same = {"torch": "2.11.0"}
-    assert differences([same, same])[0].level is FINE
-    (finding,) = differences([same, same, {"torch": "2.13.0"}, {}])
-    assert finding.name == "torch"
-    assert finding.found == "2.11.0 on rank 0, 1; 2.13.0 on rank 2; not set on rank 3"
+    hosts = ["a", "a", "b", "b"]
+    same = {"NCCL_DEBUG": "INFO"}
+    assert differences([same, same], hosts)[0].level is FINE
+    (finding,) = differences([same, same, {"NCCL_DEBUG": "WARN"}, {}], hosts)
+    assert (finding.name, finding.level) == ("NCCL_DEBUG", NOTE)
+    assert finding.found == "INFO on rank 0, 1 (a); WARN on rank 2 (b); not set on rank 3 (b)"
+
+
+def test_versions_that_differ_fail() -> None:
+    (finding,) = differences([{"torch": "2.11.0"}, {"torch": "2.13.0"}], ["a", "b"])
+    assert finding.level is MISSING
+    assert finding.found == "2.11.0 on rank 0 (a); 2.13.0 on rank 1 (b)"
+    assert "install the same everywhere" in finding.says
+
+
+def test_a_slow_network_is_noted_on_gpus() -> None:
+    fast, slow = Rate(8, 256 << 20, 230e9), Rate(16, 256 << 20, 2e9)
+    within, across = rate_findings(fast, slow, gpus=True)
+    assert (within.name, within.level) == ("all-reduce in a node", FINE)
+    assert within.found == "230.00 GB/s, 256 MiB over 8 ranks, NCCL"
+    assert (across.name, across.level) == ("all-reduce across nodes", NOTE)
+    assert "InfiniBand" in across.says
+    assert [f.level for f in rate_findings(slow, None, gpus=False)] == [FINE]
+
+
+@pytest.mark.parametrize(
+    ("cell", "level", "found"),
+    [("PXB", FINE, "a card of 1 near each GPU"), ("SYS", NOTE, "none near GPU1")],
+)
+def test_network_cards_are_near_their_gpus(cell: str, level: Level, found: str) -> None:
+    text = TOPOLOGY.format(link="NV12").replace("X \tSYS", f"X \t{cell}")
+    (finding,) = cards_by_gpu(text)
+    assert (finding.level, finding.found) == (level, found)
+    assert cards_by_gpu("") == []
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(RIGHT)
+    yield server
+    server.close()
+
+
+def judge_config(*hosts: str, **more: Any) -> JudgeConfig:
+    return JudgeConfig(hosts=hosts, model="judge", health_check_s=5.0, **more)
+
+
+GONE = "http://127.0.0.1:9/v1"
+
+
+def test_a_judge_that_can_be_asked_is_fine(server: Server) -> None:
+    fine, gone = check_judges(judge_config(server.url, GONE))
+    assert (fine.level, fine.found) == (FINE, "serves judge")
+    assert (gone.level, gone.found) == (NOTE, "cannot be reached")
+    check_judge_before_a_run(judge_config(server.url, GONE))
+
+
+def test_a_judge_that_cannot_be_asked_is_missing(server: Server) -> None:
+    server.health = 503
+    config = judge_config(server.url, GONE)
+    assert [finding.level for finding in check_judges(config)] == [MISSING, MISSING]
+    with pytest.raises(UserError) as caught:
+        check_judge_before_a_run(config)
+    text = str(caught.value)
+    assert f"{server.url} answers with status 503, {GONE} cannot be reached; start" in text
+    assert check_judges(JudgeConfig()) == []
+    check_judge_before_a_run(judge_config(GONE, when="never"))
+
+
+def test_a_key_that_is_not_set_is_missing(server: Server) -> None:
+    (finding,) = check_judges(judge_config(server.url, api_key_variable="NO_SUCH_KEY"))
+    assert finding.level is MISSING
+    assert "NO_SUCH_KEY" in finding.found
 
 
 def test_a_clock_that_is_off_is_named() -> None:
