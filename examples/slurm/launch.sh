@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the run.sbatch files, from the repository's root: `launch COMMAND [arguments ...]` starts one rank of
 # `megatron-oreal COMMAND` a task, hands the batch script's signals on, and requeues the job where it was stopped.
+# In logs/<job>: rank_<n>.log of each rank, and all.log, the lines of all of them, labelled, in the order they came.
 #
 # Where the software is, one of (docs/containers.md):
 #   VENV=/path/to/venv                 a virtual environment on a file system that all nodes see
@@ -50,6 +51,31 @@ set_caches() {
   export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor VLLM_CACHE_ROOT=$cache/vllm
 }
 
+# In a heterogeneous job the nodes of the second component serve the judge JUDGE_MODEL, a server each, for this job
+# alone; `judge_settings` then says where. One that dies leaves the others.
+start_judge() {
+  local logs=$1 node hosts=""
+  export PORT=${JUDGE_PORT:-$((40000 + SLURM_JOB_ID % 20000))}
+  # With JUDGE_KEY=... the servers answer only those who know it; without, whoever reaches the port.
+  MODEL=${JUDGE_MODEL:?a Hugging Face folder of the judge} VLLM_API_KEY=${JUDGE_KEY:-} srun --het-group=1 \
+    --kill-on-bad-exit=0 --open-mode=append "--output=$logs/judge_%t.log" "${in_container[@]}" bash examples/judge/serve.sh &
+  judge=$!
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1"); do
+    node=${JUDGE_ADDRESS:-$node}
+    until curl --silent --fail --max-time 5 --output /dev/null "http://$node:$PORT/health"; do
+      kill -0 "$judge" 2>/dev/null || {
+        echo "the judge's servers ended before they answered: see $logs/judge_*.log" >&2
+        return 1
+      }
+      sleep 2
+    done
+    hosts+=${hosts:+,}http://$node:$PORT/v1
+  done
+  judge_settings=("judge.hosts=[$hosts]" judge.model=judge)
+  [[ -z ${JUDGE_KEY:-} ]] || judge_settings+=(judge.api_key_variable=JUDGE_KEY)
+  echo "$(date '+%F %T') the judge answers at $hosts"
+}
+
 launch() {
   set_variables
   set_rendezvous
@@ -58,20 +84,28 @@ launch() {
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
   local logs=${LOGS:-logs}/$SLURM_JOB_ID
   mkdir -p "$logs"
+  local in_container=() judge="" judge_settings=()
+  if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    in_container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
+    in_container+=("--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+  fi
   # A rank that dies takes the others along, which would wait for it until their time-out, but five minutes later: not
   # --kill-on-bad-exit, which ends the ranks that are still on their way to REQUEUE_STATUS. A restart appends.
-  local options=(--wait=300 --open-mode=append "--output=$logs/rank_%t.log")
-  if [[ -n ${CONTAINER_IMAGE:-} ]]; then
-    options+=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
-    options+=("--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+  # Each rank has a log of its own; srun writes the lines of all of them, labelled, as they come.
+  local options=(--wait=300 --label --open-mode=append "--output=$logs/all.log" "${in_container[@]}")
+  if ((${SLURM_HET_SIZE:-1} > 1)); then
+    start_judge "$logs"
+    options+=(--het-group=0)
   fi
   echo "$(date '+%F %T') $SLURM_JOB_ID: $SLURM_NTASKS ranks on $SLURM_JOB_NUM_NODES nodes, logs in $logs"
-  srun "${options[@]}" bash examples/slurm/rank.sh "$@" &
+  srun "${options[@]}" bash examples/slurm/rank.sh "$logs" "$@" "${judge_settings[@]}" &
   local step=$!
   # Slurm signals this script alone (--signal=B:...), before the time limit and before a pre-emption; srun hands it on
   # to every rank. They finish their iteration, save, and end with REQUEUE_STATUS.
   trap 'echo "$(date "+%F %T") asked to stop"; kill -USR1 '"$step" USR1
-  trap 'echo "$(date "+%F %T") asked to stop"; kill -USR1 '"$step" TERM
+  # A job that is cancelled gets TERM here and in every rank, and is not to come back by itself.
+  local cancelled=0
+  trap 'echo "$(date "+%F %T") cancelled"; cancelled=1' TERM
   local status=0
   wait "$step" || status=$?
   while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not srun
@@ -79,8 +113,10 @@ launch() {
     wait "$step" || status=$?
   done
   echo "$(date '+%F %T') ended with status $status"
-  if ((status == REQUEUE_STATUS)); then
+  if ((status == REQUEUE_STATUS && !cancelled)); then
     scontrol requeue "$SLURM_JOB_ID"
+  elif [[ -n $judge ]]; then
+    kill "$judge" 2>/dev/null || true # nobody asks it any more
   fi
   return "$status"
 }

@@ -49,14 +49,20 @@ def _problem(url: str, config: JudgeConfig, key: str) -> str:
         with openai.OpenAI(
             base_url=url, api_key=key, max_retries=0, timeout=config.health_check_s
         ) as client:
-            names = [model.id for model in client.models.list()]
+            models = client.models.list().data  # not iterated, which would ask for more pages
+            names = [model.id for model in models]
     except openai.APITimeoutError:
         return f"does not answer within judge.health_check_s={config.health_check_s:g}"
     except openai.APIConnectionError:
         return "cannot be reached"
     except openai.APIStatusError as error:
         return f"answers with status {error.status_code}"
-    except (openai.OpenAIError, ValueError):
+    except (
+        openai.OpenAIError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # it builds any JSON into one
         return "does not speak OpenAI's protocol"
     if names and config.model not in names:
         return f"serves {', '.join(names[:3])}, not judge.model={config.model}"

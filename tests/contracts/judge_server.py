@@ -19,6 +19,8 @@ class Server:
         self.behaviours = list(behaviours)
         self.requests: list[dict[str, Any]] = []
         self.health, self.checks = 200, 0
+        self.models: list[str] = []
+        self.page: str | None = None  # said instead of the models
         self.under_way = self.most_under_way = 0
         self._loop = asyncio.new_event_loop()
         self._up = threading.Event()
@@ -58,7 +60,10 @@ class Server:
 
     async def _check(self, _: web.Request) -> web.Response:
         self.checks += 1
-        return web.json_response({"object": "list", "data": []}, status=self.health)
+        if self.page is not None:
+            return web.Response(text=self.page, content_type="text/html")
+        models = [{"id": name, "object": "model"} for name in self.models]
+        return web.json_response({"object": "list", "data": models}, status=self.health)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(await request.json())

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this one machine, with keys, ports and folders of its own."""
+"""A Slurm of three nodes on this one machine, with keys, ports and folders of its own."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/linear
-SchedulerType=sched/builtin
-SchedulerParameters=sched_interval=2,batch_sched_delay=0
+# Heterogeneous jobs are started by the backfill scheduler alone.
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=1,bf_resolution=1
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 ReturnToService=2
 SwitchType=switch/none
 KillWait=30
-NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1 State=UNKNOWN
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1 State=UNKNOWN
-PartitionName=toy Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=toy Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 State=UNKNOWN\n"
+NODES = ("node0", "node1", "node2")
 
 
 def why_not() -> str:
@@ -92,27 +93,26 @@ class Slurm:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """Starts the daemons, waits until both nodes are idle, and ends what it started."""
-    (folder / "state").mkdir()
-    for node in ("node0", "node1"):
-        (folder / node).mkdir()
+    """Starts the daemons, waits until all nodes are idle, and ends what it started."""
+    for name in ("state", *NODES):
+        (folder / name).mkdir()
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
     folder.chmod(0o755)  # munge refuses a socket that its clients cannot reach
     host = socket.gethostname().split(".")[0]
-    ports = dict(zip(("controller", "first", "second"), _free_ports(3), strict=True))
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, **ports))
+    controller, *ports = _free_ports(1 + len(NODES))
+    config = CONFIG.format(folder=folder, host=host, controller=controller)
+    for name, port in zip(NODES, ports, strict=True):
+        config += NODE.format(name=name, host=host, port=port)
+    (folder / "slurm.conf").write_text(config)
     slurm = Slurm(folder)
     munged = ("munged", "--foreground", "--force", f"--socket={folder}/munge.socket")
     munged += (f"--key-file={key}", f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/seed")
     commands = [
         (*munged, f"--log-file={folder}/munge.log"),
         ("slurmctld", "-D", "-i", "-L", f"{folder}/controller.log"),
-        *(
-            ("slurmd", "-D", "-N", node, "-L", f"{folder}/{node}.log")
-            for node in ("node0", "node1")
-        ),
+        *(("slurmd", "-D", "-N", node, "-L", f"{folder}/{node}.log") for node in NODES),
     ]
     with contextlib.ExitStack() as stack:
         for command in commands:
@@ -149,7 +149,7 @@ def _idle(slurm: Slurm) -> bool:
         timeout=DEADLINE_S,
         check=False,
     )
-    return done.stdout.strip() == "idle 2"
+    return done.stdout.strip() == f"idle {len(NODES)}"
 
 
 def _wait(ready, slurm: Slurm) -> None:

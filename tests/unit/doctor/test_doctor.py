@@ -180,6 +180,17 @@ def test_a_judge_that_cannot_be_asked_is_missing(server: Server) -> None:
     check_judge_before_a_run(judge_config(GONE, when="never"))
 
 
+def test_a_server_of_something_else_is_missing(server: Server) -> None:
+    server.models = ["other", "another"]
+    (finding,) = check_judges(judge_config(server.url))
+    assert finding.found == "serves other, another, not judge.model=judge"
+    server.models = ["other", "judge"]
+    assert check_judges(judge_config(server.url))[0].level is FINE
+    server.page = "<html>welcome</html>"
+    (finding,) = check_judges(judge_config(server.url))
+    assert finding.found == "does not speak OpenAI's protocol"
+
+
 def test_a_key_that_is_not_set_is_missing(server: Server) -> None:
     (finding,) = check_judges(judge_config(server.url, api_key_variable="NO_SUCH_KEY"))
     assert finding.level is MISSING
