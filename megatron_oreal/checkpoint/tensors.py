@@ -19,10 +19,10 @@ from typing import Self
 import msgspec
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from megatron_oreal.checkpoint.snapshot import Snapshot
 from megatron_oreal.engine.megatron_model import MegatronModel
-from megatron_oreal.engine.optimizer_state import OptimizerShard
+from megatron_oreal.engine.optimizer_state import MOMENTS, OptimizerShard
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank
 from megatron_oreal.weights.geometry import Box, Region, boxes_of_range
 from megatron_oreal.weights.plan import TensorSpec, owned_regions
@@ -68,25 +68,43 @@ class StoredModel:
             owned[region.key].append(region)
         return owned
 
-    def plan(self) -> None:
-        """Agrees on who writes what, before the first `write`; collective over the world."""
-        _ = self._owned
+    @cached_property
+    def _memory(self) -> torch.Tensor:
+        """Host memory for weights and moments of what this rank owns, taken once."""
+        elements = sum(region.box.size for owned in self._owned.values() for region in owned)
+        on_gpu = any(tensor.is_cuda for tensor in self.model.parameters().values())
+        memory = torch.empty((1 + len(MOMENTS)) * elements, pin_memory=on_gpu)
+        return memory.zero_()  # else the first checkpoint would wait for every page of it
 
-    def write(self, path: Path) -> None:
-        """Writes what this rank owns; not collective after `plan`.
+    @cached_property
+    def _strides(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters in row-major order, which shards are flattened in."""
+        parameters = self.model.parameters()
+        return {n: torch.empty(p.shape, device="meta").stride() for n, p in parameters.items()}
 
-        Raises:
-            OSError: The file system refuses.
-            SafetensorError: Likewise, from within safetensors.
+    def prepare(self) -> None:
+        """Agrees on who writes what and takes the memory for it; collective over the world.
+
+        To be called before `snapshot`; again, it does nothing.
         """
-        tensors = {}
+        _ = self._memory, self._strides
+
+    def snapshot(self) -> Snapshot:
+        """Copies what this rank owns to host memory, which the next call overwrites.
+
+        Not collective after `prepare`.
+        """
+        copied, start = {}, 0
         for name, shard in self.model.optimizer_shards().items():
             for state, values in shard.tensors.items():
-                whole = self._whole(name, shard, values)
                 for region in self._owned[name]:
-                    piece = whole[region.local.slices].clone(memory_format=torch.contiguous_format)
-                    tensors[_entry(state, region)] = piece
-        save_file(tensors, path)
+                    stop = start + region.box.size
+                    copy = self._memory[start:stop].view(region.box.shape)
+                    copy.copy_(self._view(name, shard, values, region), non_blocking=True)
+                    copied[_entry(state, region)], start = copy, stop
+        if self._memory.is_pinned():
+            torch.cuda.synchronize()
+        return Snapshot(copied, self.model.steps_taken())
 
     def read(self, files: Sequence[Path], steps: int) -> None:
         """Fills model and optimizer, which has taken no step, from files of any layout.
@@ -118,11 +136,15 @@ class StoredModel:
             if (common := region.local.intersect(box))
         ]
 
-    def _whole(self, name: str, shard: OptimizerShard, values: torch.Tensor) -> torch.Tensor:
-        """Returns the values in the parameter's shape on the CPU, zeros where other ranks' lie."""
-        whole = torch.zeros(self.model.parameters()[name].shape)
-        whole.view(-1)[shard.start : shard.start + len(values)] = values.cpu()
-        return whole
+    def _view(
+        self, name: str, shard: OptimizerShard, values: torch.Tensor, region: Region
+    ) -> torch.Tensor:
+        """Returns the values of a region, which lies within the shard, in its shape."""
+        strides = self._strides[name]
+        first = sum(at * by for at, by in zip(region.local.start, strides, strict=True))
+        return values.as_strided(
+            region.local.shape, strides, values.storage_offset() + first - shard.start
+        )
 
 
 class TensorFiles:

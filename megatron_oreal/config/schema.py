@@ -302,6 +302,7 @@ class CheckpointConfig:
     every: int = 10
     keep_last: int = 2
     keep_every: int = 0
+    background: bool = True
     resume: Literal["auto", "never"] = "auto"
     allow_changes: tuple[str, ...] = ()
 

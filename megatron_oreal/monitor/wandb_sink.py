@@ -22,8 +22,8 @@ COLUMNS = (
 class WandbSink:
     """One wandb run in `root/wandb`; offline it opens no connection and never asks to log in.
 
-    A resumed training run goes on in the same wandb run: its id is read off the folders that lie
-    there. Metrics are plotted over `iteration`, which, unlike wandb's own step, may go back.
+    A resumed training run goes on in the same wandb run. Metrics are plotted over `iteration`,
+    which, unlike wandb's own step, may go back.
 
     Args:
         root: the folder of the run.
@@ -31,6 +31,7 @@ class WandbSink:
         project: in wandb.
         name: of the run in wandb.
         config: shown with the run.
+        run_id: of the run to go on with; empty to read it off the folders that lie there.
 
     Raises:
         UserError: if wandb is not installed, or `online` has no API key.
@@ -43,6 +44,8 @@ class WandbSink:
         project: str,
         name: str,
         config: dict[str, Any],
+        *,
+        run_id: str = "",
     ) -> None:
         wandb = _import_wandb()
         if mode == "online":
@@ -53,13 +56,18 @@ class WandbSink:
             name=name,
             dir=str(root),
             config=config,
-            id=_previous_id(root),
+            id=run_id or _previous_id(root),
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True, save_code=False
             ),
         )
         self._run.define_metric("*", step_metric="iteration")
+
+    @property
+    def id(self) -> str:
+        """The id of the run."""
+        return self._run.id
 
     def write(self, iteration: int, metrics: Mapping[str, float], kind: Kind = "train") -> None:
         """Logs the metrics at this iteration."""

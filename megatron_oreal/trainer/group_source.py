@@ -149,10 +149,8 @@ class SampledGroups:
         with self.journal.phase("record"):
             if world_rank() == 0:
                 header = expected_header(self.config, self.vocabulary, iteration)
-                try:
+                with self.journal.told(f"record of iteration {iteration}"):
                     write_groups(folder, header, groups)
-                except OSError as error:
-                    self.journal.say(f"iteration {iteration} is not recorded: {error}")
 
 
 @dataclass(frozen=True)

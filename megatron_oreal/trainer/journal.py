@@ -65,6 +65,7 @@ class Journal:
                 steps=steps,
                 enabled=self.enabled,
                 keep_bytes=resumed.state.metrics_bytes if resumed else None,
+                wandb_id=resumed.state.wandb_id if resumed else "",
             )
         self._progress = Progress(self.enabled, self.console)
         synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
@@ -117,6 +118,14 @@ class Journal:
         """Prints a line, on the first rank."""
         if self.enabled:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Says where a disk refuses to take `what`, and lets the run go on without."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"alarm: no {what}: {error}")
 
     def show(self, table: Table) -> None:
         """Prints a table, on the first rank."""
@@ -204,8 +213,8 @@ class Journal:
     def transcripts(
         self, iteration: int, groups: Sequence[RolloutGroup], batch: PackedBatch | None
     ) -> None:
-        """Writes a seeded sample of the iteration's rollouts."""
-        with self.phase("transcripts"):
+        """Writes a seeded sample of the iteration's rollouts; a refusing disk costs these alone."""
+        with self.phase("transcripts"), self.told(f"transcripts of iteration {iteration}"):
             if self.enabled:
                 write_transcripts(
                     self.folder.rollouts,
@@ -219,7 +228,12 @@ class Journal:
     @property
     def metrics_bytes(self) -> int:
         """Length of `metrics.jsonl`, 0 on every rank but the first."""
-        return self.folder.metrics.stat().st_size if self.enabled else 0
+        return self._sinks.metrics_bytes
+
+    @property
+    def wandb_id(self) -> str:
+        """The id of the run in wandb, on the first rank; empty where there is none."""
+        return self._sinks.wandb_id
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -229,14 +243,9 @@ class Journal:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`, with the seconds of each phase over the whole run."""
         if self.enabled:
-            self.folder.write_summary(
-                {
-                    **summary,
-                    "seconds": self.seconds,
-                    "seed": self.config.run.seed,
-                    "ranks": world_size(),
-                }
-            )
+            of_all = {"seconds": self.seconds, "seed": self.config.run.seed, "ranks": world_size()}
+            with self.told("summary.json"):
+                self.folder.write_summary({**summary, **of_all})
 
     def close(self) -> None:
         """Ends what is still open."""

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
+from megatron_oreal.checkpoint.checkpointer import Resumed
 from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
@@ -28,6 +28,7 @@ from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_server import VllmServer
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
+from megatron_oreal.trainer.exporter import Exporter
 from megatron_oreal.trainer.group_source import RecordedGroups, SampledGroups
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.loop import OrealLoop
@@ -36,6 +37,7 @@ from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
 from megatron_oreal.trainer.resume import LoopProgress, find_checkpoint, read_progress
 from megatron_oreal.trainer.run_alarms import RunAlarms
+from megatron_oreal.trainer.saver import Saver
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Prompt
 from megatron_oreal.verify.cascade import Verifier
@@ -65,11 +67,11 @@ class TrainingRun:
     """A run ready to start."""
 
     config: Config
-    source: ModelSource
     loop: OrealLoop
     evaluator: Evaluator | None
     journal: Journal
-    checkpointer: Checkpointer
+    saver: Saver
+    exporter: Exporter
     resumed: Resumed | None
     before: EvaluationResult | None
     engine: RolloutEngine | None
@@ -80,13 +82,8 @@ class TrainingRun:
         """The first that is not done yet."""
         return self.resumed.state.iteration if self.resumed else 0
 
-    @cached_property
-    def models(self) -> dict[str, StoredModel]:
-        """What is saved, by role; agreed on once who writes what."""
-        return _stored(self.source, self.loop.policy, self.loop.token_rm)
-
     def save(self, iteration: int, before: EvaluationResult | None) -> None:
-        """Saves the run after so many iterations; collective over the world."""
+        """Begins to save the run after so many iterations; collective over the world."""
         progress = LoopProgress(
             prompts=self.loop.prompts.state(),
             policy_updates=self.loop.rates.policy_updates,
@@ -96,15 +93,7 @@ class TrainingRun:
             alarms_in_a_row=self.loop.alarms.in_a_row,
             before=before,
         )
-        with self.journal.phase("checkpoint"):
-            self.checkpointer.save(
-                iteration,
-                self.models if iteration else {},
-                metrics_bytes=self.journal.metrics_bytes,
-                seconds=self.journal.seconds,
-                progress=progress,
-            )
-            self.loop.source.forget(iteration)
+        self.saver.save(iteration, progress)
 
 
 def read_texts(config: Config, *, training: bool) -> Texts:
@@ -199,12 +188,16 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             if not config.rollout.replay:
                 weights = source.weights_digest(policy)
                 engines = stack.enter_context(open_engines(config, texts, journal, weights))
+            answers = engines.source if engines else recorded
+            stored = _stored(source, policy, token_rm)
+            saver = Saver(checkpointer, journal, stored, saved=answers.forget)
+            saver.prepare()
         # Last, to see an error before the engines do: they would wait for ranks that have failed.
         stack.enter_context(journal.watchdog.first_error_only())
         loop = OrealLoop(
             config=config,
             prompts=prompts,
-            source=engines.source if engines else recorded,
+            source=answers,
             packer=Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch),
             policy=policy,
             reference=reference,
@@ -218,11 +211,11 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
         )
         yield TrainingRun(
             config=config,
-            source=source,
             loop=loop,
             evaluator=engines.evaluator if engines else None,
             journal=journal,
-            checkpointer=checkpointer,
+            saver=saver,
+            exporter=Exporter(source, policy, journal, resumed is not None),
             resumed=resumed,
             before=done.before,
             engine=engines.engine if engines else None,

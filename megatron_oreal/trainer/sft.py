@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_oreal.algorithm.objectives import sft_objective
 from megatron_oreal.algorithm.schedule import learning_rate
-from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
-from megatron_oreal.checkpoint.tensors import StoredModel
+from megatron_oreal.checkpoint.checkpointer import Resumed
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config, ScheduleConfig
 from megatron_oreal.data.demonstrations import Demonstration, load_demonstrations
@@ -19,6 +18,7 @@ from megatron_oreal.data.tokenizer import load_tokenizer, stop_token_id
 from megatron_oreal.engine.roles import Policy
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
+from megatron_oreal.trainer.exporter import Exporter
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
@@ -29,6 +29,7 @@ from megatron_oreal.trainer.resume import (
     stop_on_signal,
 )
 from megatron_oreal.trainer.run_alarms import RunAlarms
+from megatron_oreal.trainer.saver import Saver
 from megatron_oreal.trainer.setup import check_vocabulary
 from megatron_oreal.trainer.skipped_steps import SkippedSteps
 from megatron_oreal.types import Trajectory
@@ -43,8 +44,8 @@ class FineTuning:
     policy: Policy
     batches: list[list[Trajectory]]
     journal: Journal
-    checkpointer: Checkpointer
-    models: dict[str, StoredModel]
+    saver: Saver
+    exporter: Exporter
     progress: SftProgress
     resumed: Resumed | None
     skipped: SkippedSteps
@@ -73,20 +74,12 @@ class FineTuning:
         self.skipped.end_iteration(number)
 
     def save(self, done: int) -> None:
-        """Saves the run after so many steps; collective over the world."""
-        with self.journal.phase("checkpoint"):
-            self.checkpointer.save(
-                done,
-                self.models if done else {},
-                metrics_bytes=self.journal.metrics_bytes,
-                seconds=self.journal.seconds,
-                progress=self.progress,
-            )
+        """Begins to save the run after so many steps; collective over the world."""
+        self.saver.save(done, self.progress)
 
-    def export(self) -> None:
+    def finish(self) -> None:
         """Writes the result and what there is to say of it; collective over the world."""
-        folder = self.journal.folder.hf / "final"
-        self.source.export(self.policy, folder, replace=self.resumed is not None)
+        folder = self.exporter.write("final")
         self.journal.summarise({"steps": len(self.batches), "hf": str(folder)})
         self.journal.say(f"Hugging Face checkpoint: {folder}")
 
@@ -100,7 +93,7 @@ def fine_tune(config: Config) -> bool:
     Raises:
         UserError: Bad input, on every rank alike.
     """
-    with _fine_tuning(config) as run, stop_on_signal() as stop:
+    with _fine_tuning(config) as run, stop_on_signal() as stop, run.saver:
         last = len(run.batches)
         schedule = ScheduleConfig(
             iterations=last,
@@ -113,13 +106,17 @@ def fine_tune(config: Config) -> bool:
         for number in range(run.resumed.state.iteration if run.resumed else 0, last):
             with run.journal.profiled(number):
                 run.step(number, packer, schedule)
+            done = number + 1
+            run.exporter.write_if_due(done, last)
             stopped = stop.agreed()
-            if stopped or run.checkpointer.is_due(number + 1, last):
-                run.save(number + 1)
+            run.saver.advance()
+            if stopped or run.saver.is_due(done, last):
+                run.save(done)
             if stopped:
-                run.journal.say(f"stopped by a signal after {number + 1} steps; start it again")
+                run.saver.settle()
+                run.journal.say(f"stopped by a signal after {done} steps; start it again")
                 return False
-        run.export()
+        run.finish()
     return True
 
 
@@ -148,14 +145,16 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
             models = {"policy": source.stored(policy.model)}
             if resumed:
                 resumed.restore(models)
+            saver = Saver(checkpointer, journal, models)
+            saver.prepare()
         yield FineTuning(
             config=config,
             source=source,
             policy=policy,
             batches=steps,
             journal=journal,
-            checkpointer=checkpointer,
-            models=models,
+            saver=saver,
+            exporter=Exporter(source, policy, journal, resumed is not None),
             progress=progress,
             resumed=resumed,
             skipped=SkippedSteps(config.engine.max_skipped_steps),

@@ -23,7 +23,7 @@ def train(config: Config) -> bool:
     Raises:
         UserError: Bad input, on every rank alike.
     """
-    with training_run(config) as run, stop_on_signal() as stop:
+    with training_run(config) as run, stop_on_signal() as stop, run.saver:
         settings, iterations = config.evaluation, config.schedule.iterations
         run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
         _hand_over(run)
@@ -34,16 +34,18 @@ def train(config: Config) -> bool:
             done = iteration + 1
             if settings.every and done % settings.every == 0 and done < iterations:
                 _evaluate(run, done)
-            if config.export.every and done % config.export.every == 0 and done < iterations:
-                _export(run, f"iteration_{done:06d}")
+            run.exporter.write_if_due(done, iterations)
             stopped = stop.agreed()
-            if stopped or run.checkpointer.is_due(done, iterations):
+            run.saver.advance()
+            if stopped or run.saver.is_due(done, iterations):
                 run.save(done, before)
             if stopped:
+                run.saver.settle()
                 run.journal.say(f"stopped by a signal after {done} iterations; start it again")
                 return False
         after = _evaluate(run, iterations) if settings.at_end else None
-        exported = _export(run, "final") if config.export.at_end else None
+        exported = run.exporter.write("final") if config.export.at_end else None
+        run.saver.settle()
         run.loop.source.forget(iterations)
         _report(run, before, after, exported)
     return True
@@ -87,13 +89,6 @@ def _evaluate(run: TrainingRun, iteration: int) -> EvaluationResult:
     run.journal.add(result.metrics())
     run.journal.write(iteration, kind="eval")
     return result
-
-
-def _export(run: TrainingRun, name: str) -> Path:
-    folder = run.journal.folder.hf / name
-    with run.journal.phase("export"):
-        run.source.export(run.loop.policy, folder, replace=run.resumed is not None)
-    return folder
 
 
 def _report(

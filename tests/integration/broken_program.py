@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import threading
@@ -96,9 +95,10 @@ class Breaker:
 
     def _listen(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Hears of a rename before it is made."""
-        if event != "os.rename" or self._iteration != self._plan.iteration:
+        if event != "os.rename":
             return
-        if re.fullmatch(r"iteration_\d{6}", Path(os.fsdecode(arguments[1])).name):
+        # Behind the training it may come in a later iteration.
+        if Path(os.fsdecode(arguments[1])).name == f"iteration_{self._plan.iteration + 1:06d}":
             if self._plan.phase == SAVE_BEFORE:
                 self._kill()
             elif self._plan.phase == SAVE_AFTER:

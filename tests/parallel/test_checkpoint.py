@@ -79,8 +79,8 @@ def take_steps(policy: Policy, token_rm: TokenRewardModel, count: int) -> tuple[
 
 def save(source: ModelSource, model: MegatronModel, folder: Path) -> int:
     stored = source.stored(model)
-    stored.plan()
-    stored.write(folder / f"rank_{world_rank()}.safetensors")
+    stored.prepare()
+    stored.snapshot().write(folder / f"rank_{world_rank()}.safetensors", "")
     return model.steps_taken()
 
 
@@ -256,7 +256,7 @@ def save_twice(folder: Path, root: Path) -> list[dict[str, torch.Tensor]]:
     models, weights = {"policy": source.stored(policy.model)}, []
     for done in (1, 2):
         policy.step(pack(make_trajectories()), SFT, LEARNING_RATE)
-        checkpointer.save(done, models, metrics_bytes=0, seconds={}, progress=SftProgress(""))
+        assert save_whole(checkpointer, done, models) == ""
         weights.append(whole_weights(source, policy))
     return weights
 

@@ -10,6 +10,7 @@ from megatron_oreal.checkpoint.run_state import (
     RunState,
     changed_versions,
     check_config,
+    config_hash,
     differences,
     flat_config,
     library_versions,
@@ -25,10 +26,12 @@ def make_state(config: Config, command: Command = "train") -> RunState:
     return RunState(
         command=command,
         iteration=3,
+        ranks=1,
         steps={},
         metrics_bytes=0,
         seconds={},
         config=flat_config(config),
+        config_hash=config_hash(flat_config(config)),
         versions=library_versions(),
     )
 
