@@ -11,12 +11,19 @@ import torch
 
 from megatron_oreal.algorithm import objectives
 from megatron_oreal.checkpoint.checkpointer import Checkpointer
-from megatron_oreal.config.schema import OptimizerConfig, Precision
+from megatron_oreal.config.schema import Precision
 from megatron_oreal.engine.megatron_model import MegatronModel
 from megatron_oreal.engine.roles import Policy, TokenRewardModel
 from megatron_oreal.parallel.collectives import barrier, world_rank
 from megatron_oreal.trainer.models import ModelSource
-from megatron_oreal.trainer.resume import SftProgress
+from tests.checkpoints import (
+    ADAM,
+    LEARNING_RATE,
+    SFT,
+    begin,
+    find,
+    save_twice,
+)
 from tests.ranks import RankPools
 from tests.toy_models import (
     make_config,
@@ -32,11 +39,7 @@ from tests.toy_models import (
 
 pytestmark = pytest.mark.parallel
 
-LEARNING_RATE, BEFORE, AFTER = 1e-3, 2, 2
-# Adam's eps stands above the rounding of a gradient, which layouts differ by.
-ADAM = OptimizerConfig(lr=LEARNING_RATE, eps=1e-5)
-# The negative term of Eq. 11 adds no more to a loss than its parts; these add up to one sign.
-SFT = objectives.sft_objective(sum(t.response_length for t in make_trajectories()))
+BEFORE, AFTER = 2, 3
 EQ_12 = objectives.token_rm_objective(len(make_trajectories()))
 
 
@@ -44,11 +47,18 @@ class Layout(NamedTuple):
     size: int
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+    vpp: int = 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {"tp": self.tp, "pp": self.pp, "cp": self.cp, "vpp": self.vpp}
 
 
 class Options(NamedTuple):
     distributed_optimizer: bool = True
     precision: Precision = "fp32"
+    last_stage_layers: int | None = None
 
 
 class Losses(NamedTuple):
@@ -65,7 +75,8 @@ def make_models(folder: Path, options: Options) -> tuple[ModelSource, Policy, To
         folder, optimizer=ADAM, distributed_optimizer=options.distributed_optimizer
     )
     model = replace(config.model, precision=options.precision)
-    source = open_models(replace(config, model=model))
+    layout = replace(config.parallel, last_stage_layers=options.last_stage_layers)
+    source = open_models(replace(config, model=model, parallel=layout))
     return source, make_policy(source), make_token_rm(source)
 
 
@@ -168,8 +179,7 @@ def test_the_same_layout_goes_on_bitwise(
     ranks: RankPools, folders: Folders, tmp_path: Path, case: Case
 ) -> None:
     layout, folder = case.layout, folders(tied=case.tied)
-    pool = ranks(layout.size)
-    where = {"tp": layout.tp, "pp": layout.pp}
+    pool, where = ranks(layout.size), layout.degrees
     unbroken = pool.run(train_and_save, folder, tmp_path, case.options, **where)
     resumed = pool.run(resume, folder, tmp_path, case.options, **where)
     for got, want in zip(resumed, unbroken, strict=True):
@@ -202,27 +212,47 @@ def test_before_the_first_step_there_are_no_moments(
 def test_another_layout_goes_on_within_rounding(
     ranks: RankPools, folder: Path, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
-    unbroken = ranks(before.size).run(
-        train_and_save, folder, tmp_path, Options(), tp=before.tp, pp=before.pp
+    change_layout(ranks, folder, tmp_path, Case(before, Options()), Case(after, Options()))
+
+
+def change_layout(ranks: RankPools, folder: Path, out: Path, before: Case, after: Case) -> None:
+    """The next three losses of both models are those of the run that stayed as it was."""
+    unbroken = ranks(before.layout.size).run(
+        train_and_save, folder, out, before.options, **before.layout.degrees
     )
-    resumed = ranks(after.size).run(resume, folder, tmp_path, Options(), tp=after.tp, pp=after.pp)
+    resumed = ranks(after.layout.size).run(
+        resume, folder, out, after.options, **after.layout.degrees
+    )
     for rank in resumed:
+        assert len(rank.policy) == len(rank.token_rm) == 3
         assert rank.policy == pytest.approx(unbroken[0].policy, rel=1e-4)
         assert rank.token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
 
 
-def test_stages_of_an_interleaved_pipeline_are_found_in_any_layout(
-    ranks: RankPools, tmp_path: Path
+UNEVEN = Case(Layout(2, pp=2), Options(last_stage_layers=1))
+CONTEXT = Case(Layout(2, cp=2), Options())
+INTERLEAVED = Case(Layout(2, pp=2, vpp=2), Options())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(UNEVEN, CONTEXT), (CONTEXT, INTERLEAVED), (INTERLEAVED, UNEVEN)],
+    ids=["uneven-cp2", "cp2-interleaved", "interleaved-uneven"],
+)
+def test_four_layers_go_on_wherever_they_lie(
+    ranks: RankPools, tmp_path: Path, before: Case, after: Case
 ) -> None:
     folder = write_toy(tmp_path / "hf", "qwen2_tied", num_hidden_layers=4)
-    interleaved, out = {"pp": 2, "vpp": 2}, tmp_path / "out"
-    unbroken = ranks(2).run(train_and_save, folder, out, Options(), **interleaved)
-    resumed = ranks(2).run(resume, folder, out, Options(), **interleaved)
+    change_layout(ranks, folder, tmp_path / "out", before, after)
+
+
+def test_stages_of_an_interleaved_pipeline_go_on_bitwise(ranks: RankPools, tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "hf", "qwen2_tied", num_hidden_layers=4)
+    out, where = tmp_path / "out", INTERLEAVED.layout.degrees
+    unbroken = ranks(2).run(train_and_save, folder, out, Options(), **where)
+    resumed = ranks(2).run(resume, folder, out, Options(), **where)
     for got, want in zip(resumed, unbroken, strict=True):
         assert_bitwise(got, want)
-    (alone,) = ranks(1).run(resume, folder, out, Options())
-    assert alone.policy == pytest.approx(unbroken[0].policy, rel=1e-4)
-    assert alone.token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
@@ -234,40 +264,6 @@ def test_another_optimizer_goes_on_within_rounding(
     resumed = ranks(2).run(resume, folder, tmp_path, Options(after))
     assert resumed[0].policy == pytest.approx(unbroken[0].policy, rel=1e-4)
     assert resumed[0].token_rm == pytest.approx(unbroken[0].token_rm, rel=1e-4)
-
-
-class Found(NamedTuple):
-    """What a rank resumed from, and the weights it has then."""
-
-    folder: str
-    remarks: tuple[str, ...]
-    steps: dict[str, int]
-    weights: dict[str, torch.Tensor]
-
-
-def open_checkpointer(folder: Path, root: Path) -> tuple[Checkpointer, ModelSource, Policy]:
-    source = open_models(make_config(folder, optimizer=ADAM))
-    return Checkpointer(source.config, "train", root), source, make_policy(source)
-
-
-def save_twice(folder: Path, root: Path) -> list[dict[str, torch.Tensor]]:
-    """Saves after each of two steps; the weights then."""
-    checkpointer, source, policy = open_checkpointer(folder, root)
-    models, weights = {"policy": source.stored(policy.model)}, []
-    for done in (1, 2):
-        policy.step(pack(make_trajectories()), SFT, LEARNING_RATE)
-        assert save_whole(checkpointer, done, models) == ""
-        weights.append(whole_weights(source, policy))
-    return weights
-
-
-def find(folder: Path, root: Path) -> Found:
-    checkpointer, source, policy = open_checkpointer(folder, root)
-    found = checkpointer.find()
-    assert found is not None
-    found.restore({"policy": source.stored(policy.model)})
-    weights = whole_weights(source, policy)
-    return Found(found.folder.name, found.remarks, found.state.steps, weights)
 
 
 @pytest.mark.parametrize("after", [Layout(1), Layout(2), Layout(4, tp=2)])
@@ -287,5 +283,62 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(
             assert rank.folder == f"iteration_{steps:06d}"
             assert rank.steps == {"policy": steps}
             assert all(torch.equal(weights[steps - 1][n], w) for n, w in rank.weights.items())
-    assert not whole[0].remarks
+    changed = ("other settings than the checkpoint's: parallel.tensor 1 -> 2",)
+    assert whole[0].remarks == (changed if after.tp == 2 else ())
     assert all(f"{damaged.name} has changed" in rank.remarks[0] for rank in broken)
+
+
+def spoil(model: MegatronModel) -> None:
+    """Overwrites every weight and both moments of this rank."""
+    with torch.no_grad():
+        for shard in model.optimizer_shards().values():
+            assert len(shard.tensors) == 3
+            for values in shard.tensors.values():
+                values.fill_(7.0)
+        for values in model.parameters().values():
+            values.fill_(7.0)
+
+
+def save_and_spoil(folder: Path, out: Path, root: Path) -> None:
+    """Saves twice, by hand and behind the training, spoils the model, then lets it be written."""
+    source, policy, token_rm = make_models(folder, Options())
+    take_steps(policy, token_rm, BEFORE)
+    checkpointer = Checkpointer(source.config, "train", root)
+    models = {"policy": source.stored(policy.model), "token_rm": source.stored(token_rm.model)}
+    begin(checkpointer, BEFORE, models)
+    again = {role: source.stored(model.model) for role, model in models.items()}
+    for stored in again.values():
+        stored.prepare()
+    copies = {role: stored.snapshot() for role, stored in again.items()}
+    spoil(policy.model)
+    spoil(token_rm.model)
+    for role, copy in copies.items():
+        (out / role).mkdir(parents=True, exist_ok=True)
+        copy.write(out / role / f"rank_{world_rank()}.safetensors", "")
+    outcome = checkpointer.settle()
+    assert outcome is not None
+    assert not outcome.problem
+
+
+def restore(folder: Path, root: Path) -> Losses:
+    source, policy, token_rm = make_models(folder, Options())
+    found = Checkpointer(source.config, "train", root).find()
+    assert found is not None
+    found.restore(
+        {"policy": source.stored(policy.model), "token_rm": source.stored(token_rm.model)}
+    )
+    return finish(source, policy, token_rm)
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(2, tp=2)], ids=["dp2", "tp2"])
+def test_what_is_saved_is_a_snapshot(
+    ranks: RankPools, folders: Folders, tmp_path: Path, layout: Layout
+) -> None:
+    """Nothing that happens once `save` has returned is in the checkpoint."""
+    folder, pool, where = folders(tied=False), ranks(layout.size), layout.degrees
+    unbroken = pool.run(train_and_save, folder, tmp_path / "unbroken", Options(), **where)
+    pool.run(save_and_spoil, folder, tmp_path / "copies", tmp_path / "root", **where)
+    copied = pool.run(resume, folder, tmp_path / "copies", Options(), **where)
+    behind = pool.run(restore, folder, tmp_path / "root", **where)
+    for got, want in zip([*copied, *behind], [*unbroken, *unbroken], strict=True):
+        assert_bitwise(got, want)

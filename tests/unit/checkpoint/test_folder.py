@@ -1,20 +1,17 @@
-"""Whole checkpoints are found, damaged ones named, old ones removed."""
+"""Checkpoints are written whole and under one name, old ones are removed."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_oreal.checkpoint import folder as folders
-from megatron_oreal.checkpoint.folder import Damaged
 
 
 def write(root: Path, iteration: int) -> Path:
     partial = folders.open_partial(root, iteration)
-    for name in ("a.safetensors", "state.json"):
+    for name in ("policy.rank_00000.safetensors", "state.json"):
         (partial / name).write_bytes(name.encode() * 10)
     files = {path.name: folders.record(path) for path in partial.iterdir()}
     folders.publish(root, iteration, files)
@@ -31,46 +28,7 @@ def test_what_was_published_is_whole_and_alone(tmp_path: Path) -> None:
     check(folder)
     assert [path.name for path in folder.parent.iterdir()] == ["iteration_000010"]
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["a.safetensors", "manifest.json", "state.json"]
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "a.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(folder: Path) -> None:
-    path = folder / "a.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def change(folder: Path, key: str, value: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-
-
-ELSEWHERE = {"../a.safetensors": {"bytes": 1, "sha256": ""}}
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (truncate, "a.safetensors has 129 bytes of 130"),
-    "a bit flipped": (flip, "a.safetensors has changed"),
-    "a file is missing": (lambda f: (f / "state.json").unlink(), "state.json: No such file"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text('{"fi'), "malformed"),
-    "no text": (lambda f: (f / "manifest.json").write_bytes(b'{"format": "\xff"}'), "malformed"),
-    "files are no mapping": (lambda f: change(f, "files", 3), "malformed"),
-    "of a newer version": (lambda f: change(f, "format", 2), "format 2, this version reads 1"),
-    "reaches elsewhere": (lambda f: change(f, "files", ELSEWHERE), "no file of the folder"),
-}
-
-
-@pytest.mark.parametrize(("damage", "text"), DAMAGES.values(), ids=list(DAMAGES))
-def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], text: str) -> None:
-    folder = write(tmp_path, 10)
-    damage(folder)
-    with pytest.raises(Damaged, match=text):
-        check(folder)
+    assert names == ["manifest.json", "policy.rank_00000.safetensors", "state.json"]
 
 
 def test_a_new_write_removes_what_an_interrupted_one_left(tmp_path: Path) -> None:
@@ -81,8 +39,31 @@ def test_a_new_write_removes_what_an_interrupted_one_left(tmp_path: Path) -> Non
 
 
 def test_a_write_replaces_a_folder_of_its_name(tmp_path: Path) -> None:
-    truncate(write(tmp_path, 10))
+    (write(tmp_path, 10) / "state.json").unlink()
     check(write(tmp_path, 10))
+    assert [path.name for path in tmp_path.iterdir()] == ["iteration_000010"]
+
+
+@pytest.mark.parametrize("left", ["a file", "a link"])
+def test_a_write_replaces_whatever_bears_its_name(tmp_path: Path, left: str) -> None:
+    elsewhere = write(tmp_path / "elsewhere", 5)
+    name = tmp_path / "iteration_000010"
+    name.touch() if left == "a file" else name.symlink_to(elsewhere)
+    check(write(tmp_path, 10))
+    check(elsewhere)
+
+
+def test_a_replacement_that_was_interrupted_is_taken_back(tmp_path: Path) -> None:
+    folder = write(tmp_path, 10)
+    old = folder.rename(tmp_path / ".iteration_000010.old")
+    folders.recover(tmp_path)
+    check(folder)
+    assert not old.exists()
+    old.mkdir()
+    folders.recover(tmp_path)
+    check(folder)
+    folders.open_partial(tmp_path, 15)
+    assert not old.exists()
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pytest
 from megatron_oreal.checkpoint.run_state import (
     Command,
     RunState,
+    changed_settings,
     changed_versions,
     check_config,
     config_hash,
     differences,
     flat_config,
+    is_mathematics,
     library_versions,
 )
 from megatron_oreal.config.errors import UserError
@@ -83,6 +85,57 @@ def test_other_mathematics_are_refused_unless_allowed(change: str, old: str) -> 
     with pytest.raises(UserError, match=f"^{key}=.*: the run was started with {old}; .*{key}"):
         check(change)
     check(change, f"checkpoint.allow_changes=[{key}]")
+
+
+MATHEMATICS = """
+run.seed model.path model.stop_token model.precision
+data.system_prompt data.balance_by_pass_rate data.questions_per_iteration
+sampling.samples_per_question sampling.temperature sampling.top_p sampling.max_new_tokens
+sampling.max_total_tokens
+verifier.cpu_deadline_s verifier.wall_deadline_s verifier.thinking_end_markers verifier.extract
+verifier.relative_tolerance verifier.default verifier.routes verifier.max_unverified_share
+verifier.unverified_is_incorrect
+judge.when judge.model judge.second_vote judge.max_tokens judge.tail_chars
+oreal.shaping oreal.selection oreal.token_score oreal.token_weights.kind oreal.token_weights.c_pos
+oreal.token_weights.c_neg oreal.token_weights.ratio_pos oreal.token_weights.ratio_neg
+oreal.positive_factor oreal.negative_factor oreal.positive_times_advantage oreal.kl
+oreal.kl_coefficient
+schedule.iterations schedule.freeze_iterations schedule.warmup_iterations schedule.count
+"""
+ADAM = ["lr", "min_lr", "beta1", "beta2", "eps", "weight_decay", "clip_grad"]
+
+
+def test_every_key_is_known_to_change_the_mathematics_or_not() -> None:
+    """A new key is refused on a resume until it stands in one of the lists; it fails here."""
+    optimizers = [f"{o}.{key}" for o in ("policy_optimizer", "token_rm_optimizer") for key in ADAM]
+    expected = [*MATHEMATICS.split(), *optimizers]
+    assert [key for key in config_keys() if is_mathematics(key, "train")] == expected
+    assert is_mathematics("of.another.version", "train")
+
+
+def test_what_fine_tuning_computes() -> None:
+    sft = ["sft.epochs", "sft.sequences_per_step", "sft.warmup_steps"]
+    sft += [f"sft.optimizer.{key}" for key in ADAM]
+    common = ["run.seed", "model.path", "model.stop_token", "model.precision", "data.system_prompt"]
+    assert [key for key in config_keys() if is_mathematics(key, "sft")] == common + sft
+
+
+def test_all_that_differs_is_shown_and_may_be_allowed_together() -> None:
+    changes = ("oreal.kl=k1", "run.seed=1", "run.name=x")
+    with pytest.raises(UserError) as refused:
+        check(*changes)
+    assert str(refused.value) == (
+        "run.seed=1: the run was started with 0; oreal.kl=k1: the run was started with k3; set it"
+        " back, name another run.folder, or allow it by"
+        " checkpoint.allow_changes=[run.seed,oreal.kl]"
+    )
+    check(*changes, "checkpoint.allow_changes=[run.seed,oreal.kl]")
+
+
+def test_harmless_changes_are_told() -> None:
+    state = make_state(load_config([], PATHS))
+    changed = load_config([], [*PATHS, "parallel.tensor=2", "run.folder=elsewhere"])
+    assert changed_settings(changed, state) == ["parallel.tensor 1 -> 2"]
 
 
 def test_fine_tuning_does_not_mind_what_it_does_not_use() -> None:
