@@ -40,8 +40,9 @@ _HARMLESS = frozenset(
         "judge.health_check_s",
         *("evaluation.path", "evaluation.every", "evaluation.at_start", "evaluation.at_end"),
         *("evaluation.samples_per_question", "evaluation.pass_at", "evaluation.greedy"),
-        "evaluation.max_questions",
+        *("evaluation.max_questions", "evaluation.suites_folder"),
         *("monitor.wandb", "monitor.wandb_project", "monitor.transcripts_per_iteration"),
+        "monitor.wandb_rollouts_every",
         *("profile.iterations", "profile.phases"),
         # What is to be done about trouble is changed after trouble.
         *("alarms.min_pass_rate", "alarms.min_entropy", "alarms.max_mismatch", "alarms.iterations"),

@@ -80,7 +80,8 @@ class Sinks:
     def show(self, iteration: int, rollouts: Sequence[Mapping[str, Any]], page: str) -> None:
         """Shows rollouts on each sink, in order."""
         for sink in self._sinks:
-            sink.show(iteration, rollouts, page)
+            with self._told(f"rollouts of iteration {iteration} are not shown"):
+                sink.show(iteration, rollouts, page)
 
     def close(self) -> None:
         """Closes each sink, in order."""
