@@ -103,7 +103,8 @@ class SampledGroups:
     def forget(self, before: int) -> None:
         """See `GroupSource.forget`."""
         if world_rank() == 0:
-            Banks(self.journal.folder.bank).forget(before)
+            with self.journal.told("removal of old banks"):
+                Banks(self.journal.folder.bank).forget(before)
 
     def _say_what_is_banked(self, bank: Bank, header: RecordHeader) -> None:
         for problem in bank.problems:

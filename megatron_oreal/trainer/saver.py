@@ -19,8 +19,8 @@ from megatron_oreal.trainer.journal import Journal
 class Saver:
     """What is saved of a run, `models` by role, and where what happens is told.
 
-    `saved` is called on every rank with the iteration of each checkpoint that is whole. Methods are collective over the world, but where they say so. The end of a `with` block waits
-    for the disk.
+    `saved` is called on every rank with the iteration of each checkpoint that is whole. Methods are
+    collective over the world, but where they say so. The end of a `with` block waits for the disk.
     """
 
     checkpointer: Checkpointer
