@@ -304,6 +304,14 @@ def test_transcripts_hold_what_was_sampled_judged_and_weighed(trained: TrainingR
                 assert np.isfinite(of_line[name]).all() == line["trained"]
 
 
+def test_wandb_has_a_table_of_rollouts_and_their_tokens(trained: TrainingRun) -> None:
+    media = trained.folder / "wandb"
+    (page,) = media.rglob("media/html/*.html")  # of iteration 0; the next is of iteration 10
+    assert '<script type="text/plain" id="chunk-0">' in page.read_text()
+    (table,) = media.rglob("media/table/*.json")
+    assert len(json.loads(table.read_text())["data"]) == 6
+
+
 def test_config_of_the_run_loads_back(trained: TrainingRun) -> None:
     assert load_config([trained.folder / "config.yaml"], []) == load_config([], trained.settings)
 

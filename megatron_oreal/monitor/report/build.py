@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_oreal.config.errors import UserError
 from megatron_oreal.monitor.report.choose import choose
 from megatron_oreal.monitor.report.pack import pack, run_record
 from megatron_oreal.monitor.report.page import render
@@ -43,9 +44,11 @@ def read(request: Request) -> tuple[dict[str, Any], list[bytes]]:
     """Returns the data of a page and its chunks of tokens.
 
     Raises:
-        UserError: A folder holds no run, or one of its files cannot be read.
+        UserError: A folder holds no run or no such iteration, or one of its files cannot be read.
     """
     runs = [read_run(folder, iteration=request.iteration) for folder in request.folders]
+    if request.iteration is not None and not any(run.places for run in runs):
+        raise UserError(f"--iteration {request.iteration}: has no transcripts; leave it out")
     share = None if request.max_tokens is None else request.max_tokens // len(runs)
     chosen = [choose(run.places, share, request.seed) for run in runs]
     packed = pack(runs, chosen)
@@ -63,12 +66,20 @@ def read(request: Request) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def write(request: Request, out: Path) -> dict[str, Any]:
-    """Writes the page, there whole or not at all, and returns its data."""
+    """Writes the page, there whole or not at all, and returns its data.
+
+    Raises:
+        UserError: A run cannot be read, or the page not be written.
+    """
     data, chunks = read(request)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for run, folder in zip(data["runs"], request.folders, strict=True):
         run["place"] = os.path.relpath(folder, out.parent)  # links in the page start there
-    atomic_write(out, render(_title(data), data, chunks))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, render(_title(data), data, chunks))
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); name another file"
+        raise UserError(f"--out {out}: {why}") from error
     return data
 
 

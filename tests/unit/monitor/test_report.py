@@ -116,6 +116,13 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "holds no metrics.jsonl; name the folder of a run" in capsys.readouterr().err
 
 
+def test_what_cannot_be_shown_or_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--iteration", "99"]) == 2
+    assert "--iteration 99: has no transcripts" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(run / "metrics.jsonl" / "page.html")]) == 2
+    assert "page.html: cannot be written (" in capsys.readouterr().err
+
+
 def test_a_transcript_that_is_none(tmp_path: Path) -> None:
     root = report_run.make_run(tmp_path / "run", iterations=1)
     (root / "rollouts" / "iter_000000.jsonl").write_text('{"iteration": "no"}\n')

@@ -237,7 +237,7 @@ function cardOf(item, chosen) {
       }),
     ),
     facts(verdictFacts(item)),
-    mathText(item.response, "answer", "div"),
+    answerText(item.response, "answer"),
   );
 }
 

@@ -50,6 +50,23 @@ function mathText(text, className = "", tag = "span") {
   return appendText(node, source.slice(from));
 }
 
+const FIRST = 6000; // characters of a long answer that are typeset at once
+
+/** Returns an answer with its formulas typeset, a long one with a button for its rest. */
+function answerText(text, className = "") {
+  const source = String(text ?? "");
+  const node = mathText(source.slice(0, FIRST), className, "div");
+  if (source.length <= FIRST) return node;
+  const more = el("button", {
+    type: "button",
+    className: "small",
+    textContent: `the other ${num(source.length - FIRST)} characters`,
+  });
+  more.onclick = () => more.replaceWith(...mathText(source.slice(FIRST)).childNodes);
+  node.append(" ", more);
+  return node;
+}
+
 const DELIMITERS = [
   ["$$", "$$", true],
   ["\\[", "\\]", true],

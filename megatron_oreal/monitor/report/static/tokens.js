@@ -89,7 +89,7 @@ function tokenPanels(data, state, items) {
         ]
       : []),
     el("h2", { textContent: "As it reads" }),
-    el("div", { className: "panel" }, mathText(item.response, "", "div")),
+    el("div", { className: "panel" }, answerText(item.response)),
   ];
 }
 
@@ -132,13 +132,13 @@ function span(state) {
 function tokenText(state) {
   const { item, tokens, texts, fall } = shown;
   const [low, high] = tokens.scored ? span(state) : [0, 1];
-  const rgb = item.reward > 0 ? "--good" : "--bad";
+  const tint = color(item.reward > 0 ? "--good" : "--bad"); // read once: an answer may have 16,000 tokens
   shown.spans = texts.map((text, i) => {
     const node = appendText(el("span", { className: i === fall?.index ? "t fall" : "t" }), text || "∅");
     node.dataset.i = i;
     const weight = tokens.token_weight[i];
-    if (!Number.isNaN(weight))
-      node.style.backgroundColor = `rgb(var(${rgb}) / ${(ALPHA * Math.min(1, Math.max(0, (weight - low) / (high - low)))).toFixed(3)})`;
+    const share = Math.min(1, Math.max(0, (weight - low) / (high - low)));
+    if (tokens.scored) node.style.backgroundColor = `rgb(${tint} / ${(ALPHA * share).toFixed(3)})`;
     return node;
   });
   const point = (event, save) => {
