@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ class FineTuning:
     config: Config
     source: ModelSource
     policy: Policy
-    batches: list[list[Trajectory]]
+    batches: Epochs
     journal: Journal
     saver: Saver
     exporter: Exporter
@@ -127,15 +128,14 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
     with agree():
         demonstrations = _read(config)
     source = open_source(config)
-    progress = SftProgress(hashlib.sha256(repr(demonstrations).encode()).hexdigest())
+    progress = SftProgress(_digest(demonstrations))
     checkpointer, resumed = find_checkpoint(config, "sft")
     if resumed and read_progress(resumed, SftProgress) != progress:
         raise UserError(
             f"sft.path={settings.path}: the demonstrations are not those of the checkpoint; bring"
             " them back, or name another run.folder"
         )
-    batches = epochs(demonstrations, settings.epochs, settings.sequences_per_step, config.run.seed)
-    steps = list(batches)
+    steps = Epochs(demonstrations, settings.epochs, settings.sequences_per_step, config.run.seed)
     with contextlib.ExitStack() as stack:
         journal = Journal(config, len(steps), resumed)
         stack.callback(journal.close)
@@ -162,15 +162,50 @@ def _fine_tuning(config: Config) -> Iterator[FineTuning]:
         )
 
 
-def epochs(
-    demonstrations: Sequence[Demonstration], count: int, per_step: int, seed: int
-) -> Iterator[list[Trajectory]]:
-    """Yields the steps of `count` seeded shuffles; the last step of an epoch may be smaller."""
-    for epoch in range(count):
-        order = list(range(len(demonstrations)))
-        random.Random(f"sft {seed} {epoch}").shuffle(order)
-        for start in range(0, len(order), per_step):
-            yield [_trajectory(demonstrations[i], i) for i in order[start : start + per_step]]
+class Epochs(Sequence[list[Trajectory]]):
+    """The steps of `count` seeded shuffles, made as they are asked for.
+
+    The last step of an epoch may be smaller.
+    """
+
+    def __init__(
+        self, demonstrations: Sequence[Demonstration], count: int, per_step: int, seed: int
+    ) -> None:
+        self._demonstrations = demonstrations
+        self._per_step = per_step
+        self._per_epoch = math.ceil(len(demonstrations) / per_step)
+        self._count = count
+        self._seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """How many steps."""
+        return self._count * self._per_epoch
+
+    def __getitem__(self, number: int) -> list[Trajectory]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the trajectories of a step; 0-based, no slices."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        epoch, step = divmod(number, self._per_epoch)
+        start = step * self._per_step
+        chosen = self._order_of(epoch)[start : start + self._per_step]
+        return [_trajectory(self._demonstrations[i], i) for i in chosen]
+
+    def _order_of(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            order = list(range(len(self._demonstrations)))
+            random.Random(f"sft {self._seed} {epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def _digest(demonstrations: Sequence[Demonstration]) -> str:
+    """Returns a digest of them all, one after another: their text as a whole may be gigabytes."""
+    digest = hashlib.sha256()
+    for i, demonstration in enumerate(demonstrations):
+        digest.update(f"{', ' if i else '['}{demonstration!r}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _trajectory(demonstration: Demonstration, index: int) -> Trajectory:
