@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from typing import Any
 
@@ -15,8 +16,8 @@ RIGHT = "They are equal.\nVERDICT: CORRECT"
 class Server:
     """An OpenAI-compatible server in a thread; `behaviours` are taken in turn, the last stays."""
 
-    def __init__(self, *behaviours: Any) -> None:
-        self.behaviours = list(behaviours)
+    def __init__(self, *behaviours: Any, port: int = 0) -> None:
+        self.behaviours, self._port = list(behaviours), port
         self.requests: list[dict[str, Any]] = []
         self.health, self.checks = 200, 0
         self.models: list[str] = []
@@ -51,9 +52,10 @@ class Server:
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_get("/v1/models", self._check)
+        app.router.add_get("/health", self._check)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{port}/v1"
@@ -100,3 +102,8 @@ def completion(content: str, finish: str = "stop") -> web.Response:
     return web.json_response(
         {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
     )
+
+
+if __name__ == "__main__":  # PORT: agrees with every answer until it is ended
+    Server(RIGHT, port=int(sys.argv[1]))
+    threading.Event().wait()

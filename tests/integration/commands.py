@@ -48,9 +48,13 @@ def torchrun(ranks: int, *arguments: object, program: Sequence[str] = COMMAND) -
     ]
 
 
-def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Finished:
+def run(
+    command: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Finished:
     with started(command, variables) as process:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        stdout, stderr = process.communicate(timeout=timeout_s)
     return Finished(process.returncode, stdout, stderr)
 
 
