@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # those before it decide.
 SHARES = {"generate": "decode_share", "sync": "network_share", "policy": "train_share"}
 
+_LEAST_SIGMA = 0.01  # where all responses are of one length
+
 
 @dataclass(frozen=True)
 class MeasuredRun:
@@ -127,7 +129,8 @@ def _sigma(ratio: float, beyond: float) -> float:
     log(ratio) = sigma z - sigma^2 / 2, z of the normal distribution: the smaller root.
     """
     z = NormalDist().inv_cdf(1 - min(beyond, 0.5))
-    return z - math.sqrt(max(0.0, z * z - 2 * math.log(max(1.0, ratio))))
+    sigma = z - math.sqrt(max(0.0, z * z - 2 * math.log(max(1.0, ratio))))
+    return max(_LEAST_SIGMA, sigma)
 
 
 def _share(

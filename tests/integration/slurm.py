@@ -120,7 +120,12 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             if command[0] == "munged":
                 _wait(lambda: (folder / "munge.socket").exists(), slurm)
         _wait(lambda: _idle(slurm), slurm)
-        yield slurm
+        try:
+            yield slurm
+        finally:  # a job that a failed test leaves would outlive the daemons
+            if jobs := slurm.ask("squeue", "--noheader", "--format=%A").split():
+                slurm.ask("scancel", *jobs)
+                _wait(lambda: _idle(slurm), slurm)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,11 @@ def commands(document: str) -> str:
     return "\n".join(script)
 
 
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def write_shared(folder: Path) -> None:
     """What a user brings: models, questions and demonstrations, here a toy's."""
     data, models = folder / "data", folder / "models"
@@ -50,14 +55,12 @@ def write_shared(folder: Path) -> None:
     toy.save_data(data)
     (data / "held_out.jsonl").rename(data / "math500.jsonl")
     toy.save_model(models / "Qwen2.5-32B")
-    (folder / "venv" / "bin").mkdir(parents=True)
-    activate = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}\n"
-    (folder / "venv" / "bin" / "activate").write_text(activate)
-
-
-def write_program(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True)
+    # The judge's protocol without its 72 billion parameters.
+    write_program(programs / "vllm", VLLM.format(python=sys.executable))
+    path = f"{programs}:{Path(sys.executable).parent}"
+    (programs / "activate").write_text(f"export PATH={path}:$PATH PYTHONPATH={ROOT}\n")
 
 
 def write_config(path: Path) -> None:
@@ -85,10 +88,9 @@ def test_the_document_walks(tmp_path: Path) -> None:
     write_shared(shared)
     site.mkdir()
     write_program(site / "sbatch", SBATCH.format(sbatch=shutil.which("sbatch"), folder=site))
-    write_program(site / "vllm", VLLM.format(python=sys.executable))
     write_config(tmp_path / "toy.yaml")
     script = commands((ROOT / "docs" / "first-cluster-run.md").read_text())
-    assert script.count("sbatch") == 5
+    assert script.count(".sbatch") == 5
     folder = tmp_path / "slurm"
     folder.mkdir()
     with slurm.cluster(folder) as cluster:

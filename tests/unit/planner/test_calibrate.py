@@ -118,6 +118,12 @@ def test_responses_that_were_cut_tell_the_spread() -> None:
     assert found.given.length_sigma == pytest.approx(0.7, rel=0.02)
 
 
+def test_responses_of_one_length_have_next_to_no_spread() -> None:
+    line = iteration(recipe(), TRUE) | {"rollout/response_length_max": TRUE.mean_response_tokens}
+    found = calibrate(MeasuredRun(recipe(), 32, [line], {}), DIMS, A100.gpu, A100.modules)
+    assert found.given.length_sigma == 0.01
+
+
 def write_run(folder: Path, config: Config) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(resolve_config_yaml(config))
