@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from megatron_oreal.monitor.report import build
 from tests import report_run
 
 CHROMIUM = shutil.which("chromium")
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ class Reader:
 
     def open(self, path: Path, address: str = "", **options: Any) -> Page:
         page = self.browser.new_page(**({"viewport": {"width": 1280, "height": 900}} | options))
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("dialog", lambda dialog: self.complaints.append(dialog.message))

@@ -35,6 +35,9 @@ def learned(run: RunData) -> list[str]:
     if sampled:
         change = _change(*sampled)
         said.append(f"The pass rate of the questions it sampled {change}, last against first.")
+    loss = _ends(run.train, "sft/loss")
+    if loss:
+        said.append(f"The loss of fine-tuning went from {loss[0]:.3g} to {loss[1]:.3g}.")
     if not said:
         said.append("Nothing measured says so: no evaluation, and no pass rate.")
     return said

@@ -252,8 +252,9 @@ function longest(run) {
 function shownShare(run) {
   const { written, written_tokens: all, shown, shown_tokens: tokens } = run.transcripts;
   if (!written) return "The run wrote no transcripts.";
-  const share = all ? tokens / all : shown / written;
-  return `This page holds ${num(shown)} of ${num(written)} transcripts (${percent(share, share < 0.1 ? 1 : 0)} of their ${num(all)} tokens)${shown < written ? ", a seeded sample over iterations, verdicts and pass rates; report --iteration N holds all of one" : ""}.`;
+  const share = all ? `${percent(tokens / all, tokens < 0.1 * all ? 1 : 0)} of their ${num(all)} tokens` : "no tokens";
+  const sample = ", a seeded sample over iterations, verdicts and pass rates; report --iteration N holds all of one";
+  return `This page holds ${num(shown)} of ${num(written)} transcripts (${share})${shown < written ? sample : ""}.`;
 }
 
 function blamePanel(run, data, number) {
@@ -307,19 +308,27 @@ function blameRow(item) {
   );
 }
 
+const PHASES = ["generate", "policy", "token_rm", "reference", "evaluate", "sync", "verify", "start"];
+
+/** Returns the colour of a phase, the same in every run; those that take little share one. */
+function phaseColor(name) {
+  const place = PHASES.indexOf(name === "sft" ? "policy" : name);
+  return place < 0 ? "var(--line)" : `var(--c${place})`;
+}
+
 function phaseBars(run) {
   const phases = Object.entries(run.phases);
   const total = phases.reduce((sum, [, s]) => sum + s, 0);
   if (!total) return null;
-  const bar = phases.map(([name, s], i) => {
+  const bar = phases.map(([name, s]) => {
     const part = el("div", { title: `${name}: ${seconds(s)}, ${percent(s / total, 1)}` });
     part.style.width = `${(100 * s) / total}%`;
-    part.style.background = `var(--c${i % 8})`;
+    part.style.background = phaseColor(name);
     return part;
   });
-  const rows = phases.map(([name, s], i) => {
+  const rows = phases.map(([name, s]) => {
     const swatch = el("span", { className: "swatch" });
-    swatch.style.background = `var(--c${i % 8})`;
+    swatch.style.background = phaseColor(name);
     return el("li", {}, swatch, name, el("b", { textContent: `${seconds(s)} · ${percent(s / total, 1)}` }));
   });
   return el(
