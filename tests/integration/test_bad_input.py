@@ -153,6 +153,11 @@ CASES: dict[str, tuple[str, Prepare, list[str]]] = {
         lambda folder: write(folder, lines(QUESTION, {"question": "1+3"})),
         ["data.path=", "bad.jsonl, line 2", "gold_answer"],
     ),
+    "column that is not there": (
+        "train",
+        lambda _: {"data__columns__question": "problem"},
+        ["line 1: no required field `problem`", "it has `question`", "set data.columns.question"],
+    ),
     "blank gold answer": (
         "train",
         lambda folder: write(folder, lines({**QUESTION, "gold_answer": " "})),
@@ -239,6 +244,12 @@ def test_one_line_names_key_value_and_way_out(case: str, root: Path, tmp_path: P
     finished = in_fresh_process([command, *settings], tmp_path)
     assert_refused(finished, named)
     assert finished.stderr == f"{finished.lines()[0]}\n"  # and nothing beside it
+
+
+def test_a_missing_suite(root: Path, tmp_path: Path) -> None:
+    settings = toy.settings(root, str(tmp_path / "run"), evaluation__suites_folder="suites")
+    finished = in_fresh_process(["evaluate", "--suite", "mixed48,aime", *settings], tmp_path)
+    assert_refused(finished, ["--suite=aime", "which has mixed48", "python tools/fetch_suites.py"])
 
 
 def test_a_refused_run_leaves_its_folder_free(root: Path, tmp_path: Path) -> None:
