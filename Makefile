@@ -31,7 +31,7 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install overlay check test quickstart layouts invariance fuzz nightly clean
+.PHONY: help install overlay check test quickstart layouts invariance kill-matrix fuzz nightly clean
 
 help:
 	cat <<'TEXT'
@@ -42,6 +42,7 @@ help:
 	make overlay      Megatron-Core $(NEWER_MEGATRON) beside it, put before the older one by PYTHONPATH=$(OVERLAY)
 	make layouts      two whole iterations on four ranks under each parallel layout
 	make invariance   one batch under every layout of up to four ranks, the numbers into docs/invariance.md
+	make kill-matrix  a training killed at every phase, the table into docs/resume.md
 	make fuzz         ten minutes of random answers against the verifier
 	make nightly      everything, the slow tests too, on both versions of Megatron-Core
 	make clean        removes .venv and .overlay
@@ -138,6 +139,9 @@ invariance: $(STAMP) $(OVERLAY_STAMP)
 	$$program measure "$$measured/1.json"
 	PYTHONPATH=$(CURDIR)/$(OVERLAY) $$program measure "$$measured/2.json"
 	$$program write docs/invariance.md "$$measured"/*.json
+
+kill-matrix: $(STAMP)
+	$(BIN)/python -W ignore -m tests.integration.kill_matrix docs/resume.md
 
 fuzz: $(STAMP)
 	$(BIN)/python tools/fuzz_verifier.py --minutes 10 --seed $$RANDOM

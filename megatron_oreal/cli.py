@@ -9,10 +9,13 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -23,6 +26,7 @@ from megatron_oreal.config.schema import Config
 from megatron_oreal.planner.hardware import GPUS, Cluster
 
 USAGE_EXIT = 2
+INTERRUPTED_EXIT = 130  # as of any command that Ctrl-C ends
 STOPPED_EXIT = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, which will resume
 
 # What the libraries say of themselves, once a rank, and no user can mend.
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     1: the doctor misses something, or check-sync finds a difference. 2, and a line on rank 0: a
     user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which was saved and resumes when it is
-    started again.
+    started again. 130: Ctrl-C.
     """
     options = parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:
@@ -176,6 +180,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
 
     Also 1 where `check-sync` found a difference.
     """
+    signal.signal(signal.SIGINT, _interrupted)
     # Imported here: --help and a mistyped key should not wait for torch, Megatron and vLLM.
     from megatron_oreal.parallel.collectives import start_world, stop_world
     from megatron_oreal.parallel.cuda_on_cpu import has_gpu
@@ -200,6 +205,18 @@ def _run(options: argparse.Namespace, config: Config) -> int:
         return 0
     finally:
         stop_world()
+
+
+def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Ends this process at once: to end in order would be to wait for ranks that are gone.
+
+    What is on the disk is whole at every moment.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # a progress bar hides it
+        fix = "started again, a run goes on"
+        os.write(2, f"{cursor}\nmegatron-oreal: interrupted; {fix}\n".encode())
+    os._exit(INTERRUPTED_EXIT)
 
 
 def _serve(options: argparse.Namespace, config: Config) -> int:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains a small policy with OREAL on two CPU cores: data, fine-tuning, OREAL, a table. `run.sh [seed]`
-# Started again after an interruption, it goes on where it was.
+# Trains a small policy with OREAL on two CPU cores: data, fine-tuning, OREAL, a table. `run.sh [seed] [key=value ...]`
+# Started again after an interruption, it goes on where it was. RUNS names another folder than runs/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-0}
-folder=runs/quickstart/seed_$seed
+folder=${RUNS:-runs/quickstart}/seed_$seed
 source examples/quickstart/launch.sh
+trap 'echo "interrupted: the same command goes on from here" >&2; exit 130' INT
 
 make_once() {
   local made=$1
@@ -22,6 +23,6 @@ make_once "$folder/data" examples/quickstart/problems.py
 echo "2/4 a Qwen2 with random weights"
 make_once "$folder/model" examples/quickstart/make_model.py
 echo "3/4 supervised fine-tuning: Megatron on two ranks, TP=2"
-[[ -e $folder/sft/summary.json ]] || launch sft model.path="$folder/model" run.folder="$folder/sft"
+[[ -e $folder/sft/summary.json ]] || launch sft model.path="$folder/model" run.folder="$folder/sft" "${@:2}"
 echo "4/4 OREAL: Megatron and a vLLM engine in each of the two ranks"
-bash examples/quickstart/train.sh "$seed"
+bash examples/quickstart/train.sh "$seed" "${@:2}"

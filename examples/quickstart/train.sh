@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seed=${1:-0}
-folder=runs/quickstart/seed_$seed
+folder=${RUNS:-runs/quickstart}/seed_$seed
 source examples/quickstart/launch.sh
 launch train model.path="$folder/sft/hf/final" run.folder="$folder/${NAME:-oreal}" "${@:2}"

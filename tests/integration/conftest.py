@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_oreal.monitor.metrics import read_metrics
-from tests.integration import toy
+from tests.integration import breaking, toy
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,10 @@ def fine_tuning(root: Path) -> FineTuning:
     model = toy.fine_tune(root)
     folder = root / "sft"
     return FineTuning(folder, model, read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def unbroken(root: Path, fine_tuning: FineTuning) -> Path:
+    """The folder of a training on two ranks that nothing befell."""
+    breaking.finish_run(breaking.settings(root, "unbroken", fine_tuning.model))
+    return root / "unbroken"

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import megatron.core
 from rich.table import Table
 
+from tests.machine import processor
 from tests.parallel.invariance.compare import (
     BF16_BOUNDS,
     FP32_BOUNDS,
@@ -68,7 +68,7 @@ recomputation and optimizer: a shape has nine layouts in fp32, one of them tied,
 def measured(rows: Iterable[tuple[Layout, dict[str, Differences]]], seconds: float) -> Measured:
     """Adds what it was measured on."""
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.0f}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.0f}",
         "versions": {
             # Megatron adds the commit of whatever repository it lies in.
             "megatron-core": megatron.core.__version__.partition("+")[0],
@@ -152,10 +152,3 @@ def _title(found: Measured) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     count = f"{len(found['rows'])} of {len(full_product())} layouts"
     return f"{versions}: {count}, {found['seconds']} s, {found['machine']}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
