@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from megatron_oreal.checkpoint.folder import folder_name
 from megatron_oreal.cli import main
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.loop import OrealLoop
@@ -35,8 +36,8 @@ class Break(msgspec.Struct, frozen=True):
     Attributes:
         phase: of the journal, or one of the two above.
         iteration: counted from 0; a checkpoint belongs to the iteration before it.
-        delay_s: after the begin of the phase, of saving after the rename after that; at its end
-            at the latest.
+        delay_s: after the begin of the phase, or after the rename; at the end of the phase, or
+            before the rename, at the latest.
         rank: that is killed; None for all of them at once.
         responses: after so many of this rank's, its engine raises, and nobody is killed.
     """
@@ -95,10 +96,10 @@ class Breaker:
 
     def _listen(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Hears of a rename before it is made."""
-        if event != "os.rename":
+        if event != "os.rename" or self._iteration is None:
             return
-        # Behind the training it may come in a later iteration.
-        if Path(os.fsdecode(arguments[1])).name == f"iteration_{self._plan.iteration + 1:06d}":
+        saved = folder_name(self._plan.iteration + 1)
+        if Path(os.fsdecode(arguments[1])).name == saved:
             if self._plan.phase == SAVE_BEFORE:
                 self._kill()
             elif self._plan.phase == SAVE_AFTER:
