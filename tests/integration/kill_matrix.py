@@ -72,8 +72,8 @@ def plans(whole: Sequence[Mapping[str, Any]], whom: str, moment: int) -> list[Br
         share = random.Random(f"{phase} {whom} {moment}").random()
         if phase == SAVE_AFTER:
             delay_s = share * AFTER_RENAME_S
-        elif phase == SAVE_BEFORE:  # while the next iterations go on
-            delay_s = share * seconds[iteration + 2]["time/checkpoint_write_s"]
+        elif phase == SAVE_BEFORE:  # its seconds are in the line of the next iteration
+            delay_s = share * seconds[iteration + 1]["time/checkpoint_s"]
         else:
             delay_s = share * seconds[iteration][f"time/{phase}_s"]
         rank = WHOM[whom]
