@@ -84,7 +84,7 @@ def logits_and_export(
     source = open_models(make_config(folder))
     policy = make_policy(source)
     batch = pack([Trajectory(str(i), text, 1, 1.0, 1.0) for i, text in enumerate(texts)])
-    head = KeepLogits(policy.model.module)
+    head = KeepLogits(policy.model.stages[-1])
     policy.model.infer(batch, head)
     if out:
         source.export(policy, out, replace=False)
