@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from tests.toy_models import (
     whole_weights,
 )
 
+Who = Callable[[], contextlib.AbstractContextManager[None]]
 LEARNING_RATE = 1e-3
 # Adam's eps stands above the rounding of a gradient, which layouts differ by.
 ADAM = OptimizerConfig(lr=LEARNING_RATE, eps=1e-5)
@@ -71,19 +74,20 @@ class Found(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def find(folder: Path, root: Path) -> Found:
-    """Resumes a policy that has taken no step."""
+def find(folder: Path, root: Path, who: Who = contextlib.nullcontext) -> Found:
+    """Resumes a policy that has taken no step; `who` looks for the checkpoint."""
     checkpointer, source, policy = open_checkpointer(folder, root)
-    found = checkpointer.find()
+    with who():
+        found = checkpointer.find()
     assert found is not None
     found.restore({"policy": source.stored(policy.model)})
     weights = whole_weights(source, policy)
     return Found(found.folder.name, found.remarks, found.state.steps, weights)
 
 
-def find_or_refuse(folder: Path, root: Path) -> Found | str:
+def find_or_refuse(folder: Path, root: Path, who: Who = contextlib.nullcontext) -> Found | str:
     """Likewise, or the refusal's text."""
     try:
-        return find(folder, root)
+        return find(folder, root, who)
     except UserError as error:
         return str(error)
