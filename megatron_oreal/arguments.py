@@ -82,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="port (8000)")
+    serve.add_argument(
+        "--restart",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="start it again when it ends badly, N times at most (0)",
+    )
     return whole
 
 

@@ -220,12 +220,16 @@ def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _serve(options: argparse.Namespace, config: Config) -> int:
-    """Becomes a rollout server."""
+    """Becomes a rollout server, or keeps one alive and returns how it ended."""
+    from megatron_oreal.rollout.supervise import supervise
     from megatron_oreal.rollout.vllm_arguments import server_command, server_environment
 
     command = server_command(config, options.host, options.port)
     print(shlex.join(command), flush=True)  # noqa: T201  what is started
-    os.execve(command[0], command, server_environment(config))
+    environment = server_environment(config)
+    if not options.restart:
+        os.execve(command[0], command, environment)
+    return supervise(command, environment, options.restart)
 
 
 _OF_FOLDERS = {"report": _report, "compare": _compare}  # read what was written, need no config

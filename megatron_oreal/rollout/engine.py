@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 Finished = Callable[[int, "Rollout"], None]
 """Told the index of a request and its rollout, as soon as this rank's engine has them."""
+
+Renew = Callable[[str], AbstractContextManager[Callable[[], None]]]
+"""Told why engines have lost the policy's weights; in the block, once they are back, the function
+brings the present ones into all of them. Collective over the world."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,15 @@ class Sampler(Protocol):
         does not never calls it. It must return at once and is not collective.
 
         Raises:
-            UserError: if a prompt leaves no room in `sampling.max_total_tokens`.
+            UserError: if a prompt leaves no room in `sampling.max_total_tokens`, or an engine in
+                another process has died and does not come back.
+        """
+        ...
+
+    def renew_by(self, renew: Renew) -> None:
+        """Takes what brings the policy's weights into engines that were started again.
+
+        Without it, an engine in another process that dies ends the run.
         """
         ...
 

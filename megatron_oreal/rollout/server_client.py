@@ -22,6 +22,10 @@ _CONTROL_S = 900.0  # for a route that moves weights
 _POLL_S = 0.5
 
 
+class ServerLost(UserError):  # noqa: N818  an event elsewhere, which the caller waits out
+    """A server has died, or cannot be reached."""
+
+
 class Asked(msgspec.Struct, frozen=True):
     """A request under a number: prompt tokens, and vLLM's sampling parameters by name."""
 
@@ -90,6 +94,14 @@ class Server:
                 )
             time.sleep(_POLL_S)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server says that it can generate."""
+        try:
+            return httpx.get(f"{self.host}/health", timeout=_CONNECT_S).is_success
+        except httpx.HTTPError:
+            return False
+
     def get(self, path: str) -> Any:
         """Returns the JSON that a route answers with."""
         return self._call("GET", path, None)
@@ -107,14 +119,15 @@ class Server:
         """Samples one response to a prompt.
 
         Raises:
-            UserError: The server does not answer, or refuses.
+            ServerLost: The server does not answer.
+            UserError: It refuses.
         """
         path = "/inference/v1/generate"
         body = {"token_ids": asked.tokens, "sampling_params": asked.parameters}
         try:
             answer = await client.post(f"{self.host}{path}", json=body)
         except httpx.HTTPError as error:
-            raise self._failure("stopped answering", _text(error)) from error
+            raise self._lost("stopped answering", _text(error)) from error
         self._refuse(answer, path)
         (choice,) = msgspec.json.decode(answer.content, type=_Answer).choices
         logprobs = tuple(entry.logprob for entry in choice.logprobs.content)
@@ -125,17 +138,24 @@ class Server:
         try:
             answer = httpx.request(method, f"{self.host}{path}", json=body, timeout=timeout)
         except httpx.HTTPError as error:
-            raise self._failure(f"does not answer {path}", _text(error)) from error
+            raise self._lost(f"does not answer {path}", _text(error)) from error
         self._refuse(answer, path)
         return msgspec.json.decode(answer.content) if answer.content else None
 
     def _refuse(self, answer: httpx.Response, path: str) -> None:
         if answer.is_error:
-            raise self._failure(f"refuses {path}", f"{answer.status_code} {answer.text[:500]}")
+            what, why = f"refuses {path}", f"{answer.status_code} {answer.text[:500]}"
+            # A server whose engine has died still says so for a moment.
+            if answer.is_server_error and not self.is_ready:
+                raise self._lost(what, why)
+            raise UserError(self._line(what, why))
 
-    def _failure(self, what: str, why: str) -> UserError:
+    def _lost(self, what: str, why: str) -> ServerLost:
+        return ServerLost(self._line(what, why))
+
+    def _line(self, what: str, why: str) -> str:
         why = " ".join(why.split())
-        return UserError(f"rollout.server_hosts: {self.host} {what}: {why}; look into its log")
+        return f"rollout.server_hosts: {self.host} {what}: {why}; look into its log"
 
 
 def alongside(
@@ -144,25 +164,33 @@ def alongside(
     """Makes calls in threads and `own` in this one; returns what the calls return.
 
     Raises:
+        ServerLost: A server has died; what follows from that is not said.
         UserError: A call failed, or `own` for want of a peer.
     """
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
+        problem = None
         try:
             own()
         except RuntimeError as error:
-            for future in futures:
-                future.result()  # what a server says explains more
-            raise UserError(f"rollout.server_hosts: no weights can be sent: {error}") from error
-        return [future.result() for future in futures]
+            problem = UserError(f"rollout.server_hosts: no weights can be sent: {error}")
+    failures = [error for future in futures if (error := future.exception())]
+    failures.sort(key=lambda error: not isinstance(error, ServerLost))
+    if problem:
+        failures.append(problem)  # what a server says explains more
+    if failures:
+        raise failures[0]
+    return [future.result() for future in futures]
 
 
 def sample_all(
     shares: Sequence[tuple[Server, Sequence[Asked]]],
     concurrency: int,
     done: Callable[[int, Sample], None],
-) -> None:
-    """Samples one response a request.
+) -> str:
+    """Samples one response a request, of all servers that live.
+
+    Returns why requests are left, where servers have died; empty where none is.
 
     Args:
         shares: What each server is asked, in this order.
@@ -170,13 +198,23 @@ def sample_all(
         done: Told the number of a request and its response as they come.
 
     Raises:
-        UserError: A server does not answer, or refuses; all other requests are given up.
+        UserError: A server refuses; all other requests are given up.
     """
+    lost: list[str] = []
 
     async def work(client: httpx.AsyncClient, server: Server, waiting: list[Asked]) -> None:
         while waiting:
             asked = waiting.pop()
             done(asked.index, await server.sample(client, asked))
+
+    async def ask(client: httpx.AsyncClient, server: Server, share: Sequence[Asked]) -> None:
+        waiting = list(reversed(share))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(share))):
+                    group.create_task(work(client, server, waiting))
+        except* ServerLost as failures:
+            lost.append(str(failures.exceptions[0]))
 
     async def run() -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -186,14 +224,18 @@ def sample_all(
             asyncio.TaskGroup() as group,
         ):
             for server, share in shares:
-                waiting = list(reversed(share))
-                for _ in range(min(concurrency, len(share))):
-                    group.create_task(work(client, server, waiting))
+                group.create_task(ask(client, server, share))
 
     try:
         asyncio.run(run())
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from failures
+        raise _first(failures) from failures
+    return lost[0] if lost else ""
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    (first, *_) = failures.exceptions
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _text(error: httpx.HTTPError) -> str:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 from megatron_oreal.config.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import torch
 
     from megatron_oreal.config.schema import SamplingConfig
     from megatron_oreal.rollout.engine import Request
     from megatron_oreal.types import Advance
+
+
+_NAMED = 8  # requests, then their number
 
 
 def response_budgets(
@@ -46,6 +49,13 @@ def named(
     for name, tensor in tensors:
         names.add(name)
         yield name, tensor
+
+
+def unanswered(asked: Collection[int], answered: Collection[int]) -> str:
+    """Returns in words which requests, by their numbers, an engine still works at."""
+    left = [str(index) for index in asked if index not in answered]
+    more = ", ..." if len(left) > _NAMED else ""
+    return f"{len(left)} of {len(asked)} requests: {', '.join(left[:_NAMED])}{more}"
 
 
 class SharedProgress:

@@ -21,12 +21,13 @@ import torch
 from safetensors import safe_open
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.monitor.pending import waiting
 from megatron_oreal.parallel.collectives import broadcast_bytes, world_rank, world_size
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
-from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets
+from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
 from megatron_oreal.rollout.vllm_arguments import engine_arguments
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Advance, Rollout
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Finished, Request
+    from megatron_oreal.rollout.engine import Finished, Renew, Request
     from megatron_oreal.weights.sums import Checksums
 
 _HEAD = "lm_head.weight"
@@ -105,7 +106,8 @@ class VllmInProcess:
         told_here = set(own[world_rank() % self._tp :: self._tp])  # one rank of an engine each
         progress = SharedProgress(len(own), len(requests), advance)
         rollouts: dict[int, Rollout] = {}
-        with random_state_kept(), self._compilation():
+        waits = waiting(lambda: f"vLLM, {unanswered(own, rollouts)}")
+        with random_state_kept(), self._compilation(), waits:
             for index in own:
                 self._add(index, requests[index], sampling, budgets[index])
             while self._llm.has_unfinished_requests():
@@ -118,6 +120,9 @@ class VllmInProcess:
         gathered = all_gather_rollouts(rollouts if self._speaks else {}, len(requests))
         progress.finish()
         return gathered
+
+    def renew_by(self, renew: Renew) -> None:
+        """Ends with its ranks, and is never started again; see `RolloutEngine.renew_by`."""
 
     @property
     def receivers(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.weights.in_place import answered_sums
@@ -32,6 +33,12 @@ class ServedModel:
             "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
             "weight_transfer": transfer.backend if transfer else None,
         }
+
+    def oreal_life(self) -> str:
+        """Returns a name that this worker has until it ends, and no other ever."""
+        if not hasattr(self, "_oreal_life"):
+            self._oreal_life = uuid4().hex
+        return self._oreal_life
 
     def oreal_differing(self, expected: str) -> list[str]:
         """Returns the names of tensors that did not arrive as expected, JSON `{name: checksum}`."""

@@ -5,11 +5,17 @@
 2. The world's first rank alone sends weights. Servers are paused meanwhile, take whole tensors
    through vLLM's weight-transfer API, and forget their prefixes before they resume.
 3. A server is believed only as far as it says what it serves: see `check_server`.
+4. A server that has died is waited for: whoever started it starts it again, as `serve --restart`
+   does. It begins with the weights of the checkpoint, so that all servers are joined and given the
+   policy's weights anew; then the requests without an answer are asked again, whose seeds make the
+   answers the same. One that died while nothing was asked shows by its other `oreal_life`.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +23,26 @@ import torch
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.models.hf_config import read_config_json
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import agree, broadcast_bytes, world_rank, world_size
+from megatron_oreal.monitor.pending import waiting
+from megatron_oreal.parallel.collectives import (
+    agree,
+    all_gather_bytes,
+    broadcast_bytes,
+    world_rank,
+    world_size,
+)
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
-from megatron_oreal.rollout.server_client import Asked, Sample, Server, sample_all
+from megatron_oreal.rollout.server_client import (
+    Asked,
+    Sample,
+    Server,
+    ServerLost,
+    alongside,
+    sample_all,
+)
 from megatron_oreal.rollout.server_link import Fleet, GlooLink, Link
-from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets
+from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
 from megatron_oreal.rollout.vllm_arguments import DTYPES
 from megatron_oreal.rollout.vllm_plugin import TRANSFERS
 from megatron_oreal.types import Advance, Rollout
@@ -32,10 +52,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from megatron_oreal.config.schema import Precision, RolloutConfig, SamplingConfig
-    from megatron_oreal.rollout.engine import Finished, Request
+    from megatron_oreal.rollout.engine import Finished, Renew, Request
     from megatron_oreal.weights.sums import Checksums
 
 _MIB = 1 << 20
+_MOST_DEATHS = 3  # in a row, of one generation
 # Of config.json: what makes two models of one family differ in any tensor.
 _MODEL_KEYS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -78,14 +99,12 @@ class VllmServer:
         family, dims = read_model(model_path)
         dtype = getattr(torch, DTYPES[precision])
         self._tensors = [TensorSpec(n, shape, dtype) for n, shape in family.tensors(dims).items()]
+        self._config, self._wanted = config, _wanted(model_path, precision, config)
         self._link: Link | None = None
-        with agree():
-            if world_rank() == 0:
-                wanted = _wanted(model_path, precision, config)
-                for server in self._servers:
-                    server.wait(config.server_wait_s)
-                    check_server(server, wanted, max_total_tokens)
-                self._link = self._open_link(Fleet(self._servers), config)
+        self._lives: list[list[str]] = []
+        self._lost = ""
+        self._renew: Renew | None = None
+        self._join()
 
     def generate(
         self,
@@ -101,6 +120,7 @@ class VllmServer:
         own = range(world_rank(), len(self._servers), world_size())
         progress = SharedProgress(sum(len(hands[host]) for host in own), len(requests), advance)
         rollouts: dict[int, Rollout] = {}
+        left = [index for host in own for index in hands[host]]
 
         def done(index: int, sample: Sample) -> None:
             rollouts[index] = self._rollout(sample)
@@ -111,12 +131,20 @@ class VllmServer:
             parameters = self._parameters(requests[index], sampling, budgets[index])
             return Asked(index, requests[index].tokens, parameters)
 
-        with agree():
-            shares = [(self._servers[host], list(map(asked, hands[host]))) for host in own]
-            sample_all(shares, self._concurrency, done)
+        def sample() -> str:
+            missing = {host: [i for i in hands[host] if i not in rollouts] for host in own}
+            shares = [(self._servers[host], list(map(asked, missing[host]))) for host in own]
+            with waiting(lambda: f"rollout servers, {unanswered(left, rollouts)}"):
+                return sample_all(shares, self._concurrency, done)
+
+        self._sample_all(sample)
         gathered = all_gather_rollouts(rollouts, len(requests))
         progress.finish()
         return gathered
+
+    def renew_by(self, renew: Renew) -> None:
+        """Takes what brings the present weights after a restart; see `RolloutEngine.renew_by`."""
+        self._renew = renew
 
     def live_shard(self) -> None:
         """The parameters are in other processes; see `RolloutEngine.live_shard`."""
@@ -132,8 +160,13 @@ class VllmServer:
             try:
                 if self._link:
                     wrong = self._update(self._link, tensors, expected, sent)
+            except ServerLost as error:
+                if self._renew is None:
+                    raise
+                self._lost = str(error)  # the next `generate` sends them again
             finally:
-                deque(tensors, maxlen=0)  # or the other ranks would wait for this one
+                # Or the other ranks would wait for this one.
+                deque(named(tensors, sent), maxlen=0)
         names = {spec.name for spec in self._tensors}
         missing, unknown = sorted(names - sent), sorted(sent - names)
         text = f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}"
@@ -148,6 +181,65 @@ class VllmServer:
     def close(self) -> None:
         """Leaves the servers as they are, for another run; collective over the world."""
         self._link = None
+
+    def _sample_all(self, sample: Callable[[], str]) -> None:
+        """Samples until every request is answered; collective over the world.
+
+        Raises:
+            UserError: A server refuses, does not come back in time, or has died too often.
+        """
+        for _ in range(_MOST_DEATHS):
+            self._revive()
+            with agree():
+                lost = sample()
+            found = [text.decode() for text in all_gather_bytes(lost.encode()) if text]
+            if not found:
+                return
+            self._lost = found[0]
+        raise UserError(f"{self._lost}; servers died {_MOST_DEATHS} times in one generation")
+
+    def _revive(self) -> None:
+        """Has all servers hold the policy's weights, where one has died; collective, the world."""
+        for _ in range(_MOST_DEATHS):
+            lost = broadcast_bytes(self._find_lost().encode()).decode()
+            if not lost:
+                return
+            if self._renew is None:
+                raise UserError(lost)
+            with self._renew(lost) as push:
+                self._join()
+                push()
+        raise UserError(f"{self._lost}; servers died {_MOST_DEATHS} times while they came back")
+
+    def _find_lost(self) -> str:
+        """Why the servers do not hold what they were last sent, empty where they do; first rank."""
+        if world_rank() > 0 or self._lost:
+            return self._lost
+        try:
+            lives = self._ask_lives()
+        except ServerLost as error:
+            return str(error)
+        return "" if lives == self._lives else "rollout.server_hosts: a server was started anew"
+
+    def _ask_lives(self) -> list[list[str]]:
+        return alongside([partial(server.ask_workers, "oreal_life") for server in self._servers])
+
+    def _join(self) -> None:
+        """Waits for all servers, checks them and has them join; collective over the world."""
+        deadline = time.monotonic() + self._config.server_wait_s
+        self._link = None
+        with agree():
+            while world_rank() == 0 and self._link is None:
+                try:
+                    for server in self._servers:
+                        server.wait(max(0.0, deadline - time.monotonic()))
+                        check_server(server, self._wanted, self._max_total_tokens)
+                    link = self._open_link(Fleet(self._servers), self._config)
+                    self._lives, self._link = self._ask_lives(), link
+                except ServerLost:  # it answered, and died
+                    if time.monotonic() > deadline:
+                        raise
+        self._lost = ""
 
     def _open_link(self, fleet: Fleet, config: RolloutConfig) -> Link:
         if config.server_transfer == "gloo":

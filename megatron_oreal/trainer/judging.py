@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from megatron_oreal.monitor.pending import waiting
 from megatron_oreal.parallel.collectives import all_gather_bytes, world_rank, world_size
 from megatron_oreal.types import Advance, Prompt, Rollout, RolloutGroup, Verdict
 from megatron_oreal.verify.cascade import Answer, Verifier
@@ -141,7 +142,8 @@ def _exchange(mine: T, kind: type[T]) -> list[T]:
 def _wait(verdicts: Sequence[Future[Verdict]], n_all: int, advance: Advance) -> None:
     """Waits for this rank's verdicts, and advances as if all ranks were as far as this one."""
     told = 0
-    for done, _ in enumerate(as_completed(verdicts), start=1):
-        total = n_all * done // len(verdicts)
-        advance(total - told)
-        told = total
+    with waiting(lambda: f"{sum(not v.done() for v in verdicts)} of {len(verdicts)} verdicts"):
+        for done, _ in enumerate(as_completed(verdicts), start=1):
+            total = n_all * done // len(verdicts)
+            advance(total - told)
+            told = total

@@ -35,6 +35,7 @@ from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.rates import Rates
+from megatron_oreal.trainer.renewal import renewal
 from megatron_oreal.trainer.resume import LoopProgress, find_checkpoint, read_progress
 from megatron_oreal.trainer.run_alarms import RunAlarms
 from megatron_oreal.trainer.saver import Saver
@@ -209,6 +210,8 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
             alarms=RunAlarms(journal, first, done.alarms_in_a_row),
             engine_checked=done.engine_checked,
         )
+        if engines and loop.weight_sync:
+            engines.engine.renew_by(renewal(journal, loop.weight_sync))
         yield TrainingRun(
             config=config,
             loop=loop,
