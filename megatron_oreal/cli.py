@@ -23,11 +23,11 @@ from megatron_oreal.arguments import parser
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
+from megatron_oreal.monitor.watchdog import STOPPED_EXIT
 from megatron_oreal.planner.hardware import GPUS, Cluster
 
 USAGE_EXIT = 2
 INTERRUPTED_EXIT = 130  # as of any command that Ctrl-C ends
-STOPPED_EXIT = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, which will resume
 
 # What the libraries say of themselves, once a rank, and no user can mend.
 _NOISE = (
@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
     1: the doctor misses something, or check-sync finds a difference. 2, and a line on rank 0: a
-    user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which was saved and resumes when it is
-    started again. 130: Ctrl-C.
+    user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which resumes when it is started again.
+    130: Ctrl-C.
     """
     options = parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
     try:

@@ -52,6 +52,7 @@ _HARMLESS = frozenset(
         *("watchdog.sync_s", "watchdog.save_s", "watchdog.evaluate_s", "watchdog.between_s"),
         *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),
         *("checkpoint.resume", "checkpoint.background", "checkpoint.allow_changes"),
+        "checkpoint.stop_within_s",
         *("export.every", "export.at_end", "export.shard_mib"),
     }
 )

@@ -305,10 +305,11 @@ class CheckpointConfig:
     background: bool = True
     resume: Literal["auto", "never"] = "auto"
     allow_changes: tuple[str, ...] = ()
+    stop_within_s: float = 420.0
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 0, "every", "keep_every")
+        at_least(self, 0, "every", "keep_every", "stop_within_s")
         at_least(self, 1, "keep_last")
 
 

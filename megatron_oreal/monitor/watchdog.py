@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from megatron_oreal.config.schema import WatchdogConfig
 
 FAILED_EXIT = 1
+STOPPED_EXIT = 75  # sysexits' EX_TEMPFAIL: a signal stopped the run, which will resume
 _LOOK_S = 1.0
 _ANSWER_S = 10.0  # for the other ranks to leave their stacks
 _LOCKED_S = 30.0  # beyond the deadline, then the interpreter's lock must be held
@@ -68,6 +69,7 @@ class Watchdog:
         host, pid, namespace = whereabouts.this_process()
         self._where = Whereabouts(rank, host, pid, namespace, BETWEEN, None, time.time(), 0)
         self._entered = time.monotonic()
+        self._abandon_at: float | None = None
         self._failed_at: tuple[BaseException, str] | None = None
         self._told_of_disk = False
         self._telling = threading.Lock()
@@ -98,6 +100,13 @@ class Watchdog:
         """Is in another iteration."""
         self._where = msgspec.structs.replace(self._where, iteration=iteration)
         self._move(self._where.phase)
+
+    def abandon_at(self, moment: float) -> None:
+        """Leaves the run at a moment of the monotonic clock, with what its last checkpoint has.
+
+        Unless a checkpoint is being written. All ranks end with `STOPPED_EXIT`.
+        """
+        self._abandon_at = moment
 
     @contextlib.contextmanager
     def first_error_only(self) -> Iterator[None]:
@@ -170,6 +179,13 @@ class Watchdog:
                 self._end_run([f"{why}, longer than watchdog.{key}={deadline:g}"], late=True)
             elif lost := self._lost():
                 self._end_run(lost)
+            elif self._is_abandoned(where.phase):
+                why = f"asked to stop, and still in {where.place}: left, to go on from the last"
+                self._end_run([f"{why} checkpoint"], status=STOPPED_EXIT)
+
+    def _is_abandoned(self, phase: str) -> bool:
+        moment = self._abandon_at
+        return moment is not None and time.monotonic() > moment and phase != "checkpoint"
 
     def _lost(self) -> list[str]:
         """Names the neighbours that are gone."""
@@ -198,10 +214,16 @@ class Watchdog:
         self._end_run([f"{why}; the other {self._ranks - 1} end with it"], text, show=True)
 
     def _end_run(
-        self, lines: list[str], error: str = "", *, late: bool = False, show: bool = False
+        self,
+        lines: list[str],
+        error: str = "",
+        *,
+        late: bool = False,
+        show: bool = False,
+        status: int = FAILED_EXIT,
     ) -> NoReturn:
         """Ends the run for this reason, or with it where another rank was first."""
-        if not self._claim(lines):
+        if not self._claim(lines, status):
             self._follow(error)
         if show:
             os.write(2, error.encode(errors="replace"))
@@ -216,7 +238,7 @@ class Watchdog:
         _say(*lines)
         with contextlib.suppress(OSError):
             self._report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os._exit(FAILED_EXIT)
+        os._exit(status)
 
     def _follow(self, error: str) -> NoReturn:
         """Ends with another rank, once that has said why."""
@@ -224,13 +246,18 @@ class Watchdog:
         deadline = time.monotonic() + 2 * _ANSWER_S
         while not self._report.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        os._exit(FAILED_EXIT)
+        try:
+            status = msgspec.json.decode(self._end.read_bytes())["status"]
+        except (OSError, msgspec.DecodeError):
+            status = FAILED_EXIT
+        os._exit(status)
 
-    def _claim(self, lines: list[str]) -> bool:
+    def _claim(self, lines: list[str], status: int) -> bool:
         """Whether this rank is the first to end the run; where nobody can tell, it is."""
         try:
             with self._end.open("xb") as file:
-                file.write(msgspec.json.encode({"rank": self._where.rank, "why": lines}))
+                end = {"rank": self._where.rank, "why": lines, "status": status}
+                file.write(msgspec.json.encode(end))
         except FileExistsError:
             return False
         except OSError as error:

@@ -56,16 +56,16 @@ class Sampler(Protocol):
         """
         ...
 
+
+class RolloutEngine(Sampler, Protocol):
+    """A backend that samples responses; every method is collective over the world."""
+
     def renew_by(self, renew: Renew) -> None:
         """Takes what brings the policy's weights into engines that were started again.
 
         Without it, an engine in another process that dies ends the run.
         """
         ...
-
-
-class RolloutEngine(Sampler, Protocol):
-    """A backend that samples responses; every method is collective over the world."""
 
     @property
     def receivers(self) -> Collection[int] | None:

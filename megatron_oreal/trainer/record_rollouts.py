@@ -75,7 +75,8 @@ def record_rollouts(config: Config) -> bool:
         journal = Journal(config, iterations, again=first > 0)
         stack.enter_context(contextlib.closing(journal))
         journal.vocabulary(token_bytes(texts.tokenizer))
-        stop = stack.enter_context(stop_on_signal())
+        stop = stack.enter_context(stop_on_signal(config.checkpoint.stop_within_s))
+        stop.watched(journal.watchdog)
         with journal.watchdog.first_error_only(), journal.phase("start"):
             engines = stack.enter_context(open_engines(config, texts, journal))
         # Last, to see an error before the engines do: they would wait for ranks that have failed.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -15,10 +17,13 @@ from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
 from megatron_oreal.checkpoint.run_state import Command
 from megatron_oreal.config.schema import Config
 from megatron_oreal.monitor.run_folder import RunFolder
+from megatron_oreal.monitor.watchdog import Watchdog
 from megatron_oreal.parallel.collectives import all_gather_bytes
 from megatron_oreal.trainer.evaluation import EvaluationResult
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_ASKED = b"megatron-oreal: asked to stop: after this iteration; a second signal ends at once\n"
 
 ProgressT = TypeVar("ProgressT", bound=msgspec.Struct)
 
@@ -58,26 +63,50 @@ def read_progress(resumed: Resumed | None, kind: type[ProgressT]) -> ProgressT |
 
 @dataclass
 class StopRequest:
-    """Whether a signal has asked this rank to stop."""
+    """Whether a signal has asked this rank to stop.
 
-    received: bool = False
+    Attributes:
+        within_s: seconds from then on after which a run leaves what it is at; 0 for never.
+        received_at: when, by the monotonic clock; None before.
+        watchdog: of the run, once it has one.
+    """
+
+    within_s: float
+    received_at: float | None = None
+    watchdog: Watchdog | None = None
+
+    def watched(self, watchdog: Watchdog) -> None:
+        """Has the run left by its watchdog if it does not come to a stop in time."""
+        self.watchdog = watchdog
+        self._abandon_in_time()
+
+    def receive(self) -> None:
+        """Takes a signal."""
+        self.received_at = time.monotonic()
+        self._abandon_in_time()
+
+    def _abandon_in_time(self) -> None:
+        if self.watchdog and self.received_at is not None and self.within_s:
+            self.watchdog.abandon_at(self.received_at + self.within_s)
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop; collective over the world."""
-        return any(all_gather_bytes(b"stop" if self.received else b""))
+        return any(all_gather_bytes(b"" if self.received_at is None else b"stop"))
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(within_s: float = 0.0) -> Iterator[StopRequest]:
     """Takes the first SIGTERM or SIGUSR1 as a request to stop after the iteration.
 
-    A second one ends the process at once, as it would without this.
+    A second one ends the process at once, as it would without this. `within_s`: see `StopRequest`.
     """
-    request = StopRequest()
+    request = StopRequest(within_s)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def take(_number: int, _frame: FrameType | None) -> None:
-        request.received = True
+        request.receive()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, _ASKED)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 

@@ -94,7 +94,9 @@ def fine_tune(config: Config) -> bool:
     Raises:
         UserError: Bad input, on every rank alike.
     """
-    with _fine_tuning(config) as run, stop_on_signal() as stop, run.saver:
+    asked = stop_on_signal(config.checkpoint.stop_within_s)
+    with asked as stop, _fine_tuning(config) as run, run.saver:
+        stop.watched(run.journal.watchdog)
         last = len(run.batches)
         schedule = ScheduleConfig(
             iterations=last,

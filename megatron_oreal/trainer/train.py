@@ -23,11 +23,16 @@ def train(config: Config) -> bool:
     Raises:
         UserError: Bad input, on every rank alike.
     """
-    with training_run(config) as run, stop_on_signal() as stop, run.saver:
+    asked = stop_on_signal(config.checkpoint.stop_within_s)
+    with asked as stop, training_run(config) as run, run.saver:
+        stop.watched(run.journal.watchdog)
         settings, iterations = config.evaluation, config.schedule.iterations
         run.journal.say(f"{world_size()} ranks, {iterations} iterations, {config.run.folder}")
         _hand_over(run)
         before = _start(run)
+        if stop.agreed():  # while it started: there is nothing to save
+            run.journal.say("stopped by a signal before the first iteration; start it again")
+            return False
         for iteration in range(run.first_iteration, iterations):
             with run.journal.profiled(iteration):
                 run.loop.iterate(iteration)

@@ -80,6 +80,14 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path: Path, fault: str) -> N
         assert "watchdog_program.py" in end.stacks(1)
 
 
+def test_what_does_not_stop_in_time_is_left_to_be_resumed(tmp_path: Path) -> None:
+    end = run(tmp_path, 2, "abandon")
+    assert end.statuses == [75, 75]
+    why, _ = lines(end)
+    expected = "asked to stop, and still in policy of 4: left, to go on from the last checkpoint"
+    assert why == f"megatron-oreal: {expected}"
+
+
 def test_an_error_is_shown_once_and_ends_all(tmp_path: Path) -> None:
     started_s = time.monotonic()
     end = run(tmp_path, 3, "raise")

@@ -35,6 +35,7 @@ FAULTS = {
     "sleep": lambda: time.sleep(600),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "lock": lambda: ctypes.PyDLL(None).sleep(600),  # in C, with the interpreter's lock
+    "abandon": lambda: time.sleep(600),
     "raise": spill,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
@@ -44,12 +45,15 @@ def main(folder: Path, fault: str) -> None:
     watchdog._ANSWER_S = watchdog._LOCKED_S = 3.0  # in tests, seconds are long
     start_world()
     # The bad rank is in a phase with more time: it ends because the others do.
-    deadlines = WatchdogConfig(train_s=DEADLINE_S, save_s=DEADLINE_S * 10)
+    train_s = DEADLINE_S * 20 if fault == "abandon" else DEADLINE_S
+    deadlines = WatchdogConfig(train_s=train_s, save_s=DEADLINE_S * 10)
     dog = watchdog.Watchdog(folder, world_rank(), world_size(), deadlines)
     with dog.first_error_only():
         dog.begin(4)
         with dog.phase("generate"):
             all_gather_bytes(b"tokens")
+            if fault == "abandon" and world_rank() == 0:  # one rank alone was asked to stop
+                dog.abandon_at(time.monotonic() + 1.0)
         slow = "policy" if fault == "lock" else "record"
         with dog.phase(slow):
             if world_rank() == BAD_RANK:
