@@ -17,6 +17,7 @@ class AlarmsConfig:
     min_pass_rate: float = 0.01
     min_entropy: float = 0.01
     max_mismatch: float = 0.1
+    min_engine_share: float = 0.5
     iterations: int = 3
     on_pass_rate: AlarmAction = "alarm"
     on_entropy: AlarmAction = "alarm"
@@ -26,6 +27,7 @@ class AlarmsConfig:
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         share(self, "min_pass_rate")
+        share(self, "min_engine_share")
         at_least(self, 0, "min_entropy", "max_mismatch")
         at_least(self, 1, "iterations")
 

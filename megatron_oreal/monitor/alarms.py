@@ -9,6 +9,7 @@ or ends with it, leaves no `ended`. A resumed run drops the lines of iterations 
 | `pass_rate` | `rollout/pass_rate` | below `alarms.min_pass_rate`, `alarms.iterations` in a row |
 | `entropy` | `oreal/entropy`, nats | below `alarms.min_entropy`, likewise |
 | `mismatch` | `rollout/mismatch_mean`, nats | above `alarms.max_mismatch`, likewise |
+| `straggler` | `throughput/slowest_engine_share` | below `alarms.min_engine_share`, likewise |
 | `engine_logprobs` | answers with a log-probability that is not finite | at the first |
 | `not_finite` | models whose step was refused for a number that was not finite | at the first |
 | `unverified` | `rollout/unverified_share` | above `verifier.unverified_alarm_share`, at once |
@@ -137,6 +138,11 @@ def rules_of(config: Config) -> list[Rule]:
     if settings.max_mismatch:
         advice = "engine and policy drift apart: try rollout.check_sync=always and check-sync"
         rules.append(_rule(config, "mismatch", "max_mismatch", True, advice))
+    if settings.min_engine_share:
+        # Never more than a line: what clocks say must not change what is computed.
+        key, bound, row = "alarms.min_engine_share", settings.min_engine_share, settings.iterations
+        advice = "throughput/slowest_engine_rank keeps all waiting: look at its device and node"
+        rules.append(Rule("straggler", key, bound, False, row, "alarm", advice))
     advice = "the engine samples from broken weights or kernels: run check-sync on the checkpoint"
     on = settings.on_engine_logprobs
     key = "alarms.on_engine_logprobs"

@@ -58,8 +58,11 @@ class Progress:
         self._open = 0
 
     @contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """Shows a bar while the `with` block runs and yields `advance(n)`; tasks may nest."""
+    def task(self, name: str, total: int, unit: object) -> Iterator[Callable[[int], None]]:
+        """Shows a bar while the `with` block runs and yields `advance(n)`; tasks may nest.
+
+        The unit is asked for its text at every refresh.
+        """
         bar = self._bars.add_task(name, total=total, unit=unit)
         self._open += 1
         self._bars.start()

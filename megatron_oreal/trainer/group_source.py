@@ -23,6 +23,7 @@ from megatron_oreal.rollout.bank import Bank, BankedSampler, Banks
 from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.frames import DamagedRecord
 from megatron_oreal.rollout.groups import generate_groups
+from megatron_oreal.rollout.pace import PacedSampler, pace_metrics
 from megatron_oreal.rollout.record import (
     FORMAT,
     RecordHeader,
@@ -121,9 +122,10 @@ class SampledGroups:
     ) -> list[RolloutGroup]:
         sampling = self.config.sampling
         responses = len(prompts) * sampling.samples_per_question
-        with self.journal.phase("generate", responses, "responses") as advance:
+        paced = PacedSampler(self.engine)
+        with self.journal.phase("generate", responses, paced) as advance:
             groups = generate_groups(
-                BankedSampler(self.engine, bank),
+                BankedSampler(paced, bank),
                 prompts,
                 sampling,
                 seed=self.config.run.seed,
@@ -134,6 +136,8 @@ class SampledGroups:
         tokens = sum(len(rollout.tokens) for group in groups for rollout in group.rollouts)
         banked = sum(len(entry.rollout.tokens) for entry in bank.entries.values())
         self.journal.generated(tokens - banked)
+        rates = [float(rate) for rate in all_gather_bytes(str(paced.rate).encode())]
+        self.journal.add(pace_metrics(rates))
         return groups
 
     def _judge(self, groups: Sequence[RolloutGroup], judging: Judging) -> list[RolloutGroup]:

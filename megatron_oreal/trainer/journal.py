@@ -82,7 +82,7 @@ class Journal:
                 self.say(f"{self.folder.metrics} has lost lines from before the checkpoint")
 
     @contextlib.contextmanager
-    def phase(self, name: str, total: int = 0, unit: str = "") -> Iterator[Advance]:
+    def phase(self, name: str, total: int = 0, unit: object = "") -> Iterator[Advance]:
         """Times and watches a phase; a `total` shows a bar, moved by the `advance(n)` it yields."""
         bar = (
             self._progress.task(name, total, unit)

@@ -21,6 +21,7 @@ _METRICS = {
     "entropy": "oreal/entropy",
     "mismatch": "rollout/mismatch_mean",
     "unverified": "rollout/unverified_share",
+    "straggler": "throughput/slowest_engine_share",
 }
 
 

@@ -199,6 +199,8 @@ def test_a_replay_without_vllm_on_one_rank_trains_the_same(
 def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) -> None:
     for line in trained.train:
         assert 0 < line["throughput/judged_early_share"] <= 1
+        assert 0 < line["throughput/slowest_engine_share"] <= 1
+        assert line["throughput/slowest_engine_rank"] in {0, 1}
         assert line["time/last_verdict_wait_s"] >= 0
 
 

@@ -73,7 +73,13 @@ def test_a_rule_acts_from_the_iteration_that_its_alarm_begins_with() -> None:
 
 
 def test_the_rules_of_a_config() -> None:
-    silent = AlarmsConfig(min_pass_rate=0, min_entropy=0, max_mismatch=0, on_engine_logprobs="stop")
+    silent = AlarmsConfig(
+        min_pass_rate=0,
+        min_entropy=0,
+        max_mismatch=0,
+        min_engine_share=0,
+        on_engine_logprobs="stop",
+    )
     rules = {rule.kind: rule for rule in rules_of(Config(alarms=silent))}
     assert rules.keys() == {"engine_logprobs", "not_finite", "unverified"}
     assert rules["engine_logprobs"].action == "stop"
@@ -85,6 +91,9 @@ def test_the_rules_of_a_config() -> None:
     assert (rules["unverified"].bound, rules["unverified"].iterations) == (0.25, 1)
     assert rules["mismatch"].above
     assert not rules["entropy"].above
+    straggler = rules["straggler"]
+    assert (straggler.bound, straggler.above, straggler.iterations) == (0.5, False, 4)
+    assert straggler.action == "alarm"
 
 
 def test_what_the_console_says() -> None:
