@@ -396,9 +396,10 @@ def test_a_profile_tells_of_the_iteration_that_was_asked_for(trained: TrainingRu
     memory = json.loads((iteration / "rank_0.memory.json").read_text())
     phases = [row["phase"] for row in memory]
     assert phases[:2] == ["generate", "verify"]
-    assert phases[-4:] == ["token_rm", "reference", "policy", "sync"]
+    traced = ["token_rm", "reference", "policy", "sync"]
+    assert [phase for phase in phases if phase in traced] == traced
     traces = {path.name for path in iteration.glob("rank_0.*.trace.json.gz")}
-    assert traces == {f"rank_0.{phase}.trace.json.gz" for phase in phases[-4:]}
+    assert traces == {f"rank_0.{phase}.trace.json.gz" for phase in traced}
 
 
 def test_exported_weights_have_moved(trained: TrainingRun, fine_tuning: FineTuning) -> None:

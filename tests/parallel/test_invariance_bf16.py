@@ -73,8 +73,8 @@ def live(folder: Path, out: Path, layout: Layout) -> Life:
     stream = source.stream(policy)  # planned once, before the steps, as a run does
     take_steps(policy, batch, STEPS)
     source.export(policy, out / "exported", replace=False)
-    stored.plan()
-    stored.write(out / f"rank_{world_rank()}.safetensors")
+    stored.prepare()
+    stored.snapshot().write(out / f"rank_{world_rank()}.safetensors", "a checkpoint")
     barrier()
     kept = kept_weights(stored)
     synced, checksums = dict(stream.full_tensors()), stream.checksums()
