@@ -6,6 +6,8 @@ import json
 import random
 import time
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,12 @@ import torch
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import RolloutConfig, SamplingConfig
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.parallel.collectives import all_gather_bytes, barrier, world_rank
+from megatron_oreal.parallel.collectives import (
+    all_gather_bytes,
+    barrier,
+    broadcast_bytes,
+    world_rank,
+)
 from megatron_oreal.rollout.bank import BankedSampler, Banks
 from megatron_oreal.rollout.engine import Request
 from megatron_oreal.rollout.record import RecordHeader
@@ -38,7 +45,6 @@ from tests.contracts.rollout_models import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from pathlib import Path
 
     from megatron_oreal.rollout.engine import Sampler
     from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
@@ -121,10 +127,8 @@ class Case:
 
     def banked(self) -> None:
         """Sampled anew and banked; then by a bank that half is missing of; then by a whole one."""
-        banks = Banks(self.folder / "bank")
-        if world_rank() == 0:
-            banks.folder.mkdir()
-        barrier()
+        made = mkdtemp(prefix="bank_", dir=self.folder) if world_rank() == 0 else ""
+        banks = Banks(Path(broadcast_bytes(made.encode()).decode()))
         header = RecordHeader(1, 0, 0, len(prompts()), SAMPLED.samples_per_question, "")
         asked = [Prompt(str(i), "", "", tokens) for i, tokens in enumerate(prompts())]
         found = []
