@@ -104,7 +104,14 @@ def test_what_a_bank_holds_is_not_sampled_again_and_the_rest_as_ever(found, case
     rollouts = found[case]["rollouts"]
     banked = [entries for entries, _, _ in found[case]["banked"]]
     assert banked == [0, len(rollouts) // 2, len(rollouts)]
-    assert all(got == rollouts and not named for _, named, got in found[case]["banked"])
+    # vLLM's own packed layers multiply alike in any batch; torch's, which stand in for them at
+    # tp2, do not to the last bit.
+    exactly = 0.0 if case == "tied" else 2.5e-5
+    for _, named, got in found[case]["banked"]:
+        assert not named
+        for mine, theirs in zip(got, rollouts, strict=True):
+            assert mine | {"logprobs": None} == theirs | {"logprobs": None}
+            assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=exactly, rel=0)
 
 
 @pytest.mark.parametrize("other", ["tied_tp2", "server"])

@@ -42,7 +42,7 @@ def main(out: Path, settings: list[str]) -> None:
         assert run.evaluator is not None
         assert run.loop.weight_sync is not None
         run.loop.weight_sync.push(check=True)
-        policy_sums = run.source.stream(run.loop.policy).checksums
+        policy_sums = run.exporter.source.stream(run.loop.policy).checksums
         start = same_everywhere(digest(policy_sums()))
         for iteration in range(config.schedule.iterations):
             run.loop.iterate(iteration)
