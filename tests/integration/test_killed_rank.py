@@ -68,6 +68,8 @@ def test_a_killed_rank_ends_the_run(root: Path) -> None:
         assert not alive
         _, console = command.communicate()
     said = [line for line in console.splitlines() if line.startswith("megatron-oreal: ")]
+    # torchrun may ask the other rank to stop before that has seen what happened.
+    said = [line for line in said if "asked to stop" not in line]
     assert len(said) == 2, console
     assert f"rank 1 (pid {ranks[1].pid} on " in said[0]
     assert "is gone without a word" in said[0]
