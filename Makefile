@@ -103,16 +103,16 @@ check: $(STAMP)
 	run codespell
 	exit $$failed
 
-# Every stage runs, so that one run tells all that is broken; the table at the end tells what took how long. Start-ups and
-# waiting leave half of two cores idle: those stages run side by side that wait the most.
+# Every stage runs, so that one run tells all that is broken; what is printed last tells what took how long, and what failed.
+# Start-ups and waiting leave half of two cores idle: those stages run side by side that wait the most.
 test: $(STAMP) $(OVERLAY_STAMP)
-	rows=$$(mktemp -d)
-	trap 'rm -rf "$$rows"' EXIT
+	told=$$(mktemp -d)
+	trap 'rm -rf "$$told"' EXIT
 	stage() {
 	  local name=$$1 started=$$SECONDS result=passed; shift
 	  echo "== $$name: $$*"
-	  "$$@" 2>&1 | sed -u "s/^/$$name | /" || result=FAILED
-	  printf '%-22s %6d s  %s\n' "$$name" $$((SECONDS - started)) $$result > "$$rows/$$(date +%s%N)"
+	  "$$@" 2>&1 | sed -u "s/^/$$name | /" | tee "$$told/$$name.log" || result=FAILED
+	  printf '%-22s %6d s  %s\n' "$$name" $$((SECONDS - started)) $$result > "$$told/$$(date +%s%N).row"
 	}
 	stage "check" $(MAKE) --no-print-directory check &
 	stage "unit" $(PYTEST) tests/unit & wait
@@ -122,9 +122,13 @@ test: $(STAMP) $(OVERLAY_STAMP)
 	  stage "browser" $(PYTEST) tests/browser; } &
 	stage "integration" $(PYTEST) tests/integration $(BAD_INPUT:%=--ignore=%) & wait
 	echo
-	cat "$$rows"/*
+	cat "$$told"/*.row
 	printf '%-22s %6d s, installation included\n' total $$(($$(date +%s) - $(STARTED_S)))
-	! grep --quiet FAILED "$$rows"/*
+	! grep --quiet FAILED "$$told"/*.row || {
+	  echo "failed:"
+	  grep --no-filename --extended-regexp ' \| (FAILED|ERROR|SUBFAILED) | error: |^check \| .*(BROKEN|==>)' "$$told"/*.log | cut --characters=-240
+	  exit 1
+	}
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh

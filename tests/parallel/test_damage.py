@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.parallel
 
 FIRST, NEWEST = "iteration_000001", "iteration_000002"
 SHARD, OTHER_SHARD = "policy.rank_00000.safetensors", "policy.rank_00001.safetensors"
-NOBODY = 65534
+CAPABILITY_VERSION = 0x20080522
+READS_EVERYTHING = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 Damage = Callable[[Path], object]
 """Damages the newest checkpoint, given its folder."""
 
@@ -208,12 +209,10 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(ranks: RankPools) -> Iterator[Saved]:
-    """Where others than the user who runs the tests can read, too."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        model, root = write_model(Path(folder) / "hf", tied=False), Path(folder) / "checkpoints"
-        yield Saved(model, root, ranks(2).run(save_twice, model, root)[0])
+def saved(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("damage")
+    model, root = write_model(folder / "hf", tied=False), folder / "checkpoints"
+    return Saved(model, root, ranks(2).run(save_twice, model, root)[0])
 
 
 def assert_weights(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -271,21 +270,39 @@ def test_a_whole_checkpoint_of_something_else_is_refused(
     assert all(isinstance(text, str) and named in text for text in refusals), refusals
 
 
+class Capabilities(ctypes.Structure):
+    """What a thread may do beyond what files say, of capabilities(7); a half of it in each set."""
+
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
 @contextlib.contextmanager
-def nobody() -> Iterator[None]:
-    """Whoever may read everything becomes somebody who may not."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(NOBODY)
+def obeying_permissions() -> Iterator[None]:
+    """Whoever may read everything may read what its files say, wherever they lie."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, halves = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (Capabilities * 2)()
+
+    def call(function: Callable[..., int]) -> None:
+        if function(header, halves) != 0:
+            raise OSError(ctypes.get_errno(), f"{function.__name__} of capabilities")
+
+    call(libc.capget)
+    before = halves[0].effective
+    halves[0].effective = before & ~READS_EVERYTHING
+    call(libc.capset)
     try:
         yield
     finally:
-        os.seteuid(0)
+        halves[0].effective = before
+        call(libc.capset)
 
 
-def find_as_nobody(model: Path, root: Path) -> Any:
-    return find_or_refuse(model, root, nobody)
+def find_by_permission(model: Path, root: Path) -> Any:
+    return find_or_refuse(model, root, obeying_permissions)
 
 
 @pytest.mark.parametrize("closed", ["a shard", "the folder", "all checkpoints"])
@@ -296,7 +313,7 @@ def test_what_may_not_be_read_is_named(ranks: RankPools, saved: Saved, closed: s
         path.chmod(0o644)
     target = {"a shard": newest / SHARD, "the folder": newest, "all checkpoints": root}[closed]
     target.chmod(0)
-    for found in ranks(2).run(find_as_nobody, saved.model, root):
+    for found in ranks(2).run(find_by_permission, saved.model, root):
         if closed == "all checkpoints":
             assert "Permission denied" in found
             continue

@@ -7,6 +7,7 @@ the memory of a rank, temporary buffers inside of operators included.
 from __future__ import annotations
 
 import bisect
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch._C._profiler import _EventType  # the only way to an allocation's address
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_oreal.algorithm import objectives
 from megatron_oreal.config.schema import Config, OrealConfig, SamplingConfig
@@ -46,7 +47,6 @@ MODEL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 512,
 }
-MARK = "phase "
 TRAJECTORIES, LENGTH, SHORT = 4, 256, 8
 BUDGET = 2 * LENGTH
 ALLOWED = 0.10
@@ -111,28 +111,32 @@ def make_phases(config: Config) -> Callable[[int], dict[Phase, Callable[[], obje
 
 def count(config: Config) -> dict[Phase, int]:
     """The most that this rank holds in each phase; collective over the world."""
+    phases = make_phases(config)
+    for run in phases(SHORT).values():  # optimizers make their moments in their first step
+        run()
+    return {phase: most_held(run) for phase, run in phases(LENGTH).items()}
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """Bytes, what lay there before `run` began included."""
+    before = [(0, *storage) for storage in storages().items()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        phases = make_phases(config)
-        for run in phases(SHORT).values():  # optimizers make their moments in their first step
-            run()
-        for name, run in phases(LENGTH).items():
-            with record_function(f"{MARK}{name}"):
-                run()
+        run()
     results: Any = profiler.profiler
-    trees = results.kineto_results.experimental_event_tree()
-    events = list(walk(trees))
     changes = [
         (e.start_time_ns, e.extra_fields.ptr, e.extra_fields.alloc_size)
-        for e in events
+        for e in walk(results.kineto_results.experimental_event_tree())
         if e.tag == _EventType.Allocation
     ]
-    held = list(running_sum(sorted(changes)))
-    spans = {e.name: (e.start_time_ns, e.end_time_ns) for e in events if e.name.startswith(MARK)}
-    most = {}
-    for phase in PHASES:
-        start, end = spans[f"{MARK}{phase}"]
-        most[phase] = max(total for at, total in held if start <= at <= end)
-    return most
+    return max(running_sum(before + sorted(changes)))
+
+
+def storages() -> dict[int, int]:
+    """Bytes by address of what all tensors of this process lie in."""
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    found = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def walk(trees: Iterable[Any]) -> Iterator[Any]:
@@ -144,15 +148,15 @@ def walk(trees: Iterable[Any]) -> Iterator[Any]:
         yield event
 
 
-def running_sum(changes: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Time and bytes held, from times, addresses and bytes, negative where they are released.
+def running_sum(changes: Iterable[tuple[int, int, int]]) -> Iterator[int]:
+    """Bytes held after each of some times, addresses and bytes, negative where released.
 
     What gloo's threads release last is not reported: it was, once its place is taken again.
     """
     starts: list[int] = []
     sizes: dict[int, int] = {}
     total = 0
-    for at, address, nbytes in changes:
+    for _, address, nbytes in changes:
         end = address + max(nbytes, 1)
         first = max(0, bisect.bisect_left(starts, address) - 1)
         for start in starts[first : bisect.bisect_left(starts, end)]:
@@ -163,7 +167,7 @@ def running_sum(changes: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, 
             bisect.insort(starts, address)
             sizes[address] = nbytes
             total += nbytes
-        yield at, total
+        yield total
 
 
 def count_and_plan(folder: Path, layout: Layout) -> Bytes:
@@ -188,7 +192,7 @@ def count_and_plan(folder: Path, layout: Layout) -> Bytes:
 
 def test_what_was_released_unseen_is_released_once_its_place_is_taken() -> None:
     changes = [(0, 100, 50), (1, 200, 10), (2, 140, 20), (3, 200, -10), (4, 140, -20)]
-    assert list(running_sum(changes)) == [(0, 50), (1, 60), (2, 30), (3, 20), (4, 0)]
+    assert list(running_sum(changes)) == [50, 60, 30, 20, 0]
 
 
 @pytest.fixture(scope="module")
