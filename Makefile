@@ -6,6 +6,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
+PYTHON ?= python
 LOCK := cpu-lock.txt
 # The stamp's name holds the content of what was installed: a touched file installs nothing, a changed one does.
 STAMP := .venv/.installed-$(firstword $(shell cat $(LOCK) setup.py | cksum))
@@ -31,12 +32,13 @@ export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install overlay check test quickstart layouts invariance kill-matrix fuzz nightly clean
+.PHONY: help install overlay check test test-gpu quickstart layouts invariance kill-matrix fuzz nightly clean
 
 help:
 	cat <<'TEXT'
 	make quickstart   train a small policy with OREAL on this machine's CPU and see it get better
 	make test         all checks and tests a change must pass, about 20 minutes on two cores
+	make test-gpu     what needs a GPU, on one, with that machine's own python, torch and vLLM
 	make check        the fast part of it: ruff, pyright, import-linter, codespell
 	make install      .venv with the whole pinned CPU stack ($(LOCK)) and this project in it
 	make overlay      Megatron-Core $(NEWER_MEGATRON) beside it, put before the older one by PYTHONPATH=$(OVERLAY)
@@ -129,6 +131,10 @@ test: $(STAMP) $(OVERLAY_STAMP)
 	  grep --no-filename --extended-regexp ' \| (FAILED|ERROR|SUBFAILED) | error: |^check \| .*(BROKEN|==>)' "$$told"/*.log | cut --characters=-240
 	  exit 1
 	}
+
+# Not of .venv, which is the CPU's: PYTHON is where torch, Megatron, Transformer Engine and vLLM for GPUs are.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu -m gpu --durations=5
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run.sh
