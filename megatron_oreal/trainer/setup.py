@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oreal.checkpoint.checkpointer import Resumed
+from megatron_oreal.checkpoint.checkpointer import Checkpointer, Resumed
 from megatron_oreal.checkpoint.tensors import StoredModel
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.schema import Config
@@ -29,7 +29,7 @@ from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_server import VllmServer
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
 from megatron_oreal.trainer.exporter import Exporter
-from megatron_oreal.trainer.group_source import RecordedGroups, SampledGroups
+from megatron_oreal.trainer.group_source import GroupSource, RecordedGroups, SampledGroups
 from megatron_oreal.trainer.journal import Journal
 from megatron_oreal.trainer.loop import OrealLoop
 from megatron_oreal.trainer.models import ModelSource, open_source
@@ -73,15 +73,10 @@ class TrainingRun:
     journal: Journal
     saver: Saver
     exporter: Exporter
-    resumed: Resumed | None
+    first_iteration: int
     before: EvaluationResult | None
     engine: RolloutEngine | None
     probe: Prompt
-
-    @property
-    def first_iteration(self) -> int:
-        """The first that is not done yet."""
-        return self.resumed.state.iteration if self.resumed else 0
 
     def save(self, iteration: int, before: EvaluationResult | None) -> None:
         """Begins to save the run after so many iterations; collective over the world."""
@@ -170,57 +165,33 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
     """
     texts = read_texts(config, training=True)
     source = open_source(config)
-    with agree():
-        prompts = PromptSampler(texts.training, config.run.seed, config.data.balance_by_pass_rate)
-    checkpointer, resumed = find_checkpoint(config, "train")
-    done = read_progress(resumed, LoopProgress) or LoopProgress(prompts.state())
-    prompts.load_state(done.prompts)
+    start = _find_start(config, texts)
     with contextlib.ExitStack() as stack:
-        journal = Journal(config, config.schedule.iterations, resumed)
-        stack.enter_context(contextlib.closing(journal))
+        opened = Journal(config, config.schedule.iterations, start.resumed)
+        journal = stack.enter_context(contextlib.closing(opened))
         journal.vocabulary(token_bytes(texts.tokenizer))
         recorded = RecordedGroups(config, journal, texts.vocabulary)
-        first = resumed.state.iteration if resumed else 0
         if config.rollout.replay:
-            recorded.check(first)
+            recorded.check(start.iteration)
         with journal.watchdog.first_error_only(), journal.phase("start"):
-            policy, reference, token_rm = _build_models(source, resumed)
-            engines = None
-            if not config.rollout.replay:
-                weights = source.weights_digest(policy)
-                engines = stack.enter_context(open_engines(config, texts, journal, weights))
+            models = _build_models(source, start.resumed)
+            weights = source.weights_digest(models.policy)
+            opening = open_engines(config, texts, journal, weights)
+            engines = None if config.rollout.replay else stack.enter_context(opening)
             answers = engines.source if engines else recorded
-            stored = _stored(source, policy, token_rm)
-            saver = Saver(checkpointer, journal, stored, saved=answers.forget)
+            saver = Saver(start.checkpointer, journal, models.stored(), saved=answers.forget)
             saver.prepare()
         # Last, to see an error before the engines do: they would wait for ranks that have failed.
         stack.enter_context(journal.watchdog.first_error_only())
-        loop = OrealLoop(
-            config=config,
-            prompts=prompts,
-            source=answers,
-            packer=Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch),
-            policy=policy,
-            reference=reference,
-            token_rm=token_rm,
-            weight_sync=source.weight_sync(policy, engines.engine) if engines else None,
-            rates=Rates(config, done.policy_updates, done.token_rm_updates),
-            journal=journal,
-            skipped=SkippedSteps(config.engine.max_skipped_steps, done.skipped_in_a_row),
-            alarms=RunAlarms(journal, first, done.alarms_in_a_row),
-            engine_checked=done.engine_checked,
-        )
-        if engines and loop.weight_sync:
-            engines.engine.renew_by(renewal(journal, loop.weight_sync))
         yield TrainingRun(
             config=config,
-            loop=loop,
+            loop=_build_loop(models, start, answers, engines, journal),
             evaluator=engines.evaluator if engines else None,
             journal=journal,
             saver=saver,
-            exporter=Exporter(source, policy, journal, resumed is not None),
-            resumed=resumed,
-            before=done.before,
+            exporter=Exporter(source, models.policy, journal, start.resumed is not None),
+            first_iteration=start.iteration,
+            before=start.progress.before,
             engine=engines.engine if engines else None,
             probe=texts.training[0],
         )
@@ -252,23 +223,86 @@ def open_engines(
         yield Engines(engine, source, evaluator)
 
 
-def _stored(
-    source: ModelSource, policy: Policy, token_rm: TokenRewardModel | None
-) -> dict[str, StoredModel]:
-    """Returns what is trained, by role; the reference is in `model.path`."""
-    models = {"policy": source.stored(policy.model)}
-    if token_rm:
-        models["token_rm"] = source.stored(token_rm.model)
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: anew, or where its newest checkpoint ends."""
+
+    prompts: PromptSampler
+    checkpointer: Checkpointer
+    resumed: Resumed | None
+    progress: LoopProgress
+
+    @property
+    def iteration(self) -> int:
+        """The first that is not done yet."""
+        return self.resumed.state.iteration if self.resumed else 0
+
+
+def _find_start(config: Config, texts: Texts) -> Start:
+    with agree():
+        prompts = PromptSampler(texts.training, config.run.seed, config.data.balance_by_pass_rate)
+    checkpointer, resumed = find_checkpoint(config, "train")
+    progress = read_progress(resumed, LoopProgress) or LoopProgress(prompts.state())
+    prompts.load_state(progress.prompts)
+    return Start(prompts, checkpointer, resumed, progress)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run; without token weights there is no token reward model."""
+
+    source: ModelSource
+    policy: Policy
+    reference: Reference
+    token_rm: TokenRewardModel | None
+
+    def stored(self) -> dict[str, StoredModel]:
+        """Returns what is trained, by role; the reference is in `model.path`."""
+        models = {"policy": self.source.stored(self.policy.model)}
+        if self.token_rm:
+            models["token_rm"] = self.source.stored(self.token_rm.model)
+        return models
+
+
+def _build_models(source: ModelSource, resumed: Resumed | None) -> Models:
+    config, parts = source.config, (source.dims, source.config, source.topology, source.load)
+    with_token_rm = config.oreal.token_weights.kind != "none"
+    models = Models(
+        source,
+        Policy(*parts, config.policy_optimizer),
+        Reference(*parts),
+        TokenRewardModel(*parts) if with_token_rm else None,
+    )
+    if resumed:
+        resumed.restore(models.stored())
     return models
 
 
-def _build_models(
-    source: ModelSource, resumed: Resumed | None
-) -> tuple[Policy, Reference, TokenRewardModel | None]:
-    config, parts = source.config, (source.dims, source.config, source.topology, source.load)
-    with_token_rm = config.oreal.token_weights.kind != "none"
-    policy, reference = Policy(*parts, config.policy_optimizer), Reference(*parts)
-    token_rm = TokenRewardModel(*parts) if with_token_rm else None
-    if resumed:
-        resumed.restore(_stored(source, policy, token_rm))
-    return policy, reference, token_rm
+def _build_loop(
+    models: Models,
+    start: Start,
+    answers: GroupSource,
+    engines: Engines | None,
+    journal: Journal,
+) -> OrealLoop:
+    """Builds the loop, and lets engines that lost the policy's weights ask for them."""
+    source, done = models.source, start.progress
+    config = source.config
+    loop = OrealLoop(
+        config=config,
+        prompts=start.prompts,
+        source=answers,
+        packer=Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch),
+        policy=models.policy,
+        reference=models.reference,
+        token_rm=models.token_rm,
+        weight_sync=source.weight_sync(models.policy, engines.engine) if engines else None,
+        rates=Rates(config, done.policy_updates, done.token_rm_updates),
+        journal=journal,
+        skipped=SkippedSteps(config.engine.max_skipped_steps, done.skipped_in_a_row),
+        alarms=RunAlarms(journal, start.iteration, done.alarms_in_a_row),
+        engine_checked=done.engine_checked,
+    )
+    if engines and loop.weight_sync:
+        engines.engine.renew_by(renewal(journal, loop.weight_sync))
+    return loop
