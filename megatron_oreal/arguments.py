@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_oreal.planner.hardware import GPUS
@@ -41,6 +42,32 @@ examples:
   megatron-oreal report runs/oreal --iteration 12 --out it12.html   # all of one iteration
   megatron-oreal report runs/a runs/b --out both.html               # two runs, one page
 """
+
+
+def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line; settings may stand anywhere after the command, later ones win.
+
+    Raises:
+        SystemExit: With 2, something is unknown or missing; with 0, `--help`.
+    """
+    commands = parser()
+    options, more = commands.parse_known_args(_with_subject(arguments))
+    # argparse takes a command's settings in one piece; what stands behind an option is left over.
+    unknown = [word for word in more if word.startswith("-") or "=" not in word]
+    if unknown or (more and "settings" not in options):
+        commands.error(f"unrecognized arguments: {' '.join(unknown or more)}")
+    if more:
+        options.settings += more
+    return options
+
+
+def _with_subject(arguments: Sequence[str]) -> list[str]:
+    """Names what is planned where it is left out: `plan --config ...` plans a run."""
+    subjects = ("run", "weights", "-h", "--help")
+    given = list(arguments)
+    if given[:1] == ["plan"] and given[1:2] and given[1] not in subjects:
+        given.insert(1, "run")
+    return given
 
 
 def parser() -> argparse.ArgumentParser:

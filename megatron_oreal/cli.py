@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from megatron_oreal.arguments import parser
+from megatron_oreal.arguments import read_arguments
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     user's mistake. 75: SIGTERM or SIGUSR1 stopped a run, which resumes when it is started again.
     130: Ctrl-C.
     """
-    options = parser().parse_args(_with_subject(sys.argv[1:] if arguments is None else arguments))
+    options = read_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.command in _OF_FOLDERS:
             return _OF_FOLDERS[options.command](options)
@@ -60,15 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"megatron-oreal: {error}", file=sys.stderr)  # noqa: T201  this is the console
         return USAGE_EXIT
-
-
-def _with_subject(arguments: Sequence[str]) -> list[str]:
-    """Names what is planned where it is left out: `plan --config ...` plans a run."""
-    subjects = ("run", "weights", "-h", "--help")
-    given = list(arguments)
-    if given[:1] == ["plan"] and given[1:2] and given[1] not in subjects:
-        given.insert(1, "run")
-    return given
 
 
 def _plan(options: argparse.Namespace, config: Config) -> int:
