@@ -31,5 +31,5 @@ def test_what_is_unknown_is_named(
 
 
 def test_a_plan_is_of_a_run_unless_it_says_otherwise() -> None:
-    assert read_arguments("plan --ranks 8 run.seed=1".split()).subject == "run"
-    assert read_arguments("plan weights --ranks 8 run.seed=1".split()).subject == "weights"
+    assert read_arguments(["plan", "--ranks", "8", "run.seed=1"]).subject == "run"
+    assert read_arguments(["plan", "weights", "--ranks", "8", "run.seed=1"]).subject == "weights"
