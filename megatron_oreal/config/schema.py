@@ -19,6 +19,7 @@ from megatron_oreal.config.checks import (
 )
 from megatron_oreal.config.schema_data import DataConfig, DemonstrationColumns, EvaluationConfig
 from megatron_oreal.config.schema_health import AlarmsConfig, WatchdogConfig
+from megatron_oreal.config.schema_importance import ImportanceConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -227,6 +228,7 @@ class OrealConfig:
     positive_times_advantage: bool = True
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_coefficient: float = 0.01
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""

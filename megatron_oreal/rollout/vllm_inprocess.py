@@ -4,7 +4,8 @@
    step because they add the same requests in the same order, each with its own seed, and nothing is
    aborted or timed.
 2. Token ids go in and come out; the caller's tokenizer decodes them, vLLM loads none.
-3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p.
+3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p; or, for
+   importance weights, of the one that is sampled from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.util
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import torch
@@ -28,7 +29,7 @@ from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
-from megatron_oreal.rollout.vllm_arguments import engine_arguments
+from megatron_oreal.rollout.vllm_arguments import LogprobsMode, engine_arguments
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.vllm_layout import LiveShard
@@ -60,6 +61,7 @@ class VllmInProcess:
         max_total_tokens: int,
         stop_token_id: int,
         decode: Callable[[Sequence[int]], str],
+        logprobs_mode: LogprobsMode = "raw_logprobs",
         verbose: bool = False,
     ) -> None:
         """Starts this rank's part of its engine; collective over the world.
@@ -71,6 +73,7 @@ class VllmInProcess:
             max_total_tokens: the longest prompt and response together that will be asked for.
             stop_token_id: the only token that ends a response.
             decode: response ids -> text, without special tokens.
+            logprobs_mode: of which distribution log-probabilities are, as vLLM calls it.
             verbose: lets vLLM log.
 
         Raises:
@@ -88,7 +91,9 @@ class VllmInProcess:
         self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
         self._stop_token_id, self._decode = stop_token_id, decode
         with process_state_kept(_environment(verbose)), _quiet(verbose):
-            self._llm = _start(model_path, config, precision, max_total_tokens)
+            self._llm = _start(
+                engine_arguments(model_path, config, precision, max_total_tokens, logprobs_mode)
+            )
         self._tied = bool(self._llm.model_config.hf_config.tie_word_embeddings)
         self._names = _tensor_names(model_path) - ({_HEAD} if self._tied else set())
 
@@ -240,16 +245,14 @@ def _quiet(verbose: bool) -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _start(
-    model_path: str, config: RolloutConfig, precision: Precision, max_total_tokens: int
-) -> LLMEngine:
+def _start(settings: dict[str, Any]) -> LLMEngine:
     """Builds this rank's part of an engine; collective over the world."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     name = broadcast_bytes(uuid4().hex.encode()).decode()
     arguments = EngineArgs(
-        **engine_arguments(model_path, config, precision, max_total_tokens),
+        **settings,
         distributed_executor_backend="external_launcher",
         worker_cls="auto" if has_gpu() else _CPU_WORKER,
         additional_config={"engine_name": name},
@@ -259,7 +262,7 @@ def _start(
         return LLMEngine.from_engine_args(arguments)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"rollout: vLLM refuses {model_path} with it: {reason}") from error
+        raise UserError(f"rollout: vLLM refuses {settings['model']} with it: {reason}") from error
 
 
 def _tensor_names(folder: str) -> set[str]:

@@ -100,6 +100,7 @@ oreal.shaping oreal.selection oreal.token_score oreal.token_weights.kind oreal.t
 oreal.token_weights.c_neg oreal.token_weights.ratio_pos oreal.token_weights.ratio_neg
 oreal.positive_factor oreal.negative_factor oreal.positive_times_advantage oreal.kl
 oreal.kl_coefficient
+oreal.importance.level oreal.importance.cap oreal.importance.above_cap
 schedule.iterations schedule.freeze_iterations schedule.warmup_iterations schedule.count
 """
 ADAM = ["lr", "min_lr", "beta1", "beta2", "eps", "weight_decay", "clip_grad"]
