@@ -13,7 +13,7 @@ and the weight is min(r, cap), or with `above_cap: mask` r up to the cap and 0 b
 gradient goes through it: with one update on each batch the ratio of old to new policy is 1.
 
 `token`, truncated, is TIS of Yao et al. 2025 ("Your Efficient RL Framework Secretly Brings You
-Off-Policy RL Training"); `sequence`, and masks in place of truncation (MIS), are of Liu et al. 2025
+Off-Policy RL Training"); `sequence`, and masks in place of truncation, are of Liu et al. 2025
 ("When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch"). A
 sequence's ratio is the product there as well. The geometric mean of a response's ratios, which is
 used elsewhere to reject whole responses, is no importance weight: it corrects no expectation, and
