@@ -88,7 +88,7 @@ def test_other_mathematics_are_refused_unless_allowed(change: str, old: str) -> 
 
 
 MATHEMATICS = """
-run.seed model.path model.stop_token model.precision
+run.seed model.path model.stop_token model.precision engine.head_logits_fp32 engine.head_grad_fp32
 data.system_prompt data.balance_by_pass_rate data.questions_per_iteration
 sampling.samples_per_question sampling.temperature sampling.top_p sampling.max_new_tokens
 sampling.max_total_tokens
@@ -117,7 +117,8 @@ def test_every_key_is_known_to_change_the_mathematics_or_not() -> None:
 def test_what_fine_tuning_computes() -> None:
     sft = ["sft.epochs", "sft.sequences_per_step", "sft.warmup_steps"]
     sft += [f"sft.optimizer.{key}" for key in ADAM]
-    common = ["run.seed", "model.path", "model.stop_token", "model.precision", "data.system_prompt"]
+    common = ["run.seed", "model.path", "model.stop_token", "model.precision"]
+    common += ["engine.head_logits_fp32", "engine.head_grad_fp32", "data.system_prompt"]
     assert [key for key in config_keys() if is_mathematics(key, "sft")] == common + sft
 
 
