@@ -32,6 +32,7 @@ _HARMLESS = frozenset(
         *("rollout.backend", "rollout.server_hosts", "rollout.server_wait_s"),
         *("rollout.server_transfer", "rollout.tensor_parallel", "rollout.max_sequences"),
         *("rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.enforce_eager"),
+        "rollout.sleep",
         *("rollout.max_mean_logprob_difference", "rollout.sync_round_mib", "rollout.check_sync"),
         *("rollout.record", "rollout.replay"),  # a record is of the same seed and questions
         *("verifier.workers_per_rank", "verifier.unverified_alarm_share"),
@@ -59,8 +60,8 @@ _HARMLESS = frozenset(
 _UNUSED: dict[Command, tuple[str, ...]] = {
     "train": ("sft.",),
     "sft": (
-        *("data.questions_per_iteration", "data.balance_by_pass_rate", "sampling.", "verifier."),
-        *("judge.", "oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
+        *("data.questions_per_iteration", "data.balance_by_pass_rate", "sampling.", "rollout."),
+        *("verifier.", "judge.", "oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
         # The progress of fine-tuning knows its demonstrations by themselves.
         *("sft.path", "sft.columns."),
     ),

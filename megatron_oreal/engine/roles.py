@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
-from megatron_oreal.engine.heads import (
-    LogprobHead,
-    SequenceObjective,
-    TokenScoreHead,
-    head_settings,
-)
+from megatron_oreal.engine.heads import LogprobHead, SequenceObjective, TokenScoreHead
 from megatron_oreal.engine.megatron_model import Load, MegatronModel, Refuse, refuse_nothing
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.heads import Objective
@@ -56,8 +50,8 @@ class Reference:
         self.model = MegatronModel(
             dims, config, topology, head="vocab", load=load, optimizer=self._trainable
         )
-        settings = head_settings(config, math.ceil(dims.vocab / topology.tp_size))
-        self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, settings)
+        chunk_tokens = config.engine.head_chunk_tokens
+        self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, chunk_tokens)
 
     def logprobs(self, batch: PackedBatch, advance: Advance = advance_nothing) -> PolicyStep:
         """Scores every response token forward only; collective over the world."""

@@ -45,6 +45,7 @@ _PREFIX = "megatron-oreal: "
 
 _KEYS = {
     **dict.fromkeys(("checkpoint", "export", "record", "replay"), "save_s"),
+    "sleep": "sync_s",
     **{name: f"{name}_s" for name in ("start", "generate", "verify", "sync", "evaluate", BETWEEN)},
 }
 

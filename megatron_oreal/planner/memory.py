@@ -1,7 +1,8 @@
 """Bytes on the fullest GPU of a layout, by part and phase; docs/planner.md derives each line.
 
-Nothing of a run is moved off the GPU: models, optimizers and engine lie beside each other in every
-phase. What a phase adds is activations, the head's buffers, or weights on their way to the engine.
+Models and optimizers stay on the GPU in every phase. What a phase adds is the engine, activations
+and the head's buffers, or the engine's weights and others on their way to them: while models train
+the engine sleeps, but for its CUDA graphs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_oreal.config.head_chunks import logit_bytes, most_chunk_tokens
 from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.planner.activations import LayerActivations
 from megatron_oreal.planner.hardware import GIB
@@ -19,9 +19,12 @@ from megatron_oreal.planner.sizes import (
     Dims,
     Head,
     element_bytes,
+    engine_copies,
     engine_parameters,
+    layer_matrices,
     parameters,
     stage_parameters,
+    vocabulary_parameters,
 )
 
 if TYPE_CHECKING:
@@ -105,14 +108,17 @@ def checkpoint_bytes(config: Config, dims: Dims) -> int:
 def kv_bytes(config: Config, dims: Dims) -> int:
     """Bytes that one token takes in the cache of one rank of an engine."""
     rows = math.ceil(dims.kv_heads / config.rollout.tensor_parallel) * dims.head_dim
-    return 2 * dims.layers * rows * element_bytes(config)
+    size = element_bytes(config) if config.rollout.kv_cache_dtype == "auto" else 1
+    return 2 * dims.layers * rows * size
 
 
 def plan_stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
     """Returns the memory of one rank of a pipeline stage; pure."""
-    resident = _models(config, dims, cluster.ranks, stage)
     engine, kv_tokens = _engine(config, dims, cluster.gpu)
-    resident |= engine | {"reserve": RESERVE}
+    models = resident_models(config, dims, cluster.ranks, stage) | {"reserve": RESERVE}
+    # Asleep, an engine keeps its CUDA graphs alone.
+    asleep = {"CUDA graphs": engine["CUDA graphs"]} if config.rollout.sleep else engine
+    resident = models | asleep
     layer = LayerActivations(config, dims, cluster.modules)
     layers = layers_of_stages(config.parallel, dims.layers)[stage]
     last = stage == config.parallel.pipeline - 1
@@ -126,18 +132,19 @@ def plan_stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memo
 
     scored, trained = (_head(config, dims, last, trains=trains) for trains in (False, True))
     phases: dict[Phase, Parts] = {
-        "generate": resident,
+        "generate": models | engine,
         "reference": runs(0, layer.forward, scored),
         "token_rm": runs(kept, layer.backward, _scalar_head(config, dims, last)),
         "policy": runs(kept, layer.backward, trained),
-        "sync": resident | {"staging": _staging(config)},
+        "sync": resident
+        | {"engine weights": engine["engine weights"], "staging": _staging(config)},
     }
     if config.oreal.token_weights.kind == "none":
         del phases["token_rm"]
     return Memory(cluster.gpu, stage, phases, kv_tokens, config.sampling.max_total_tokens)
 
 
-def _models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
+def resident_models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
     """Weights, gradients and optimizer of policy, reference and token_rm."""
     layout, size = config.parallel, element_bytes(config)
     shards = model_copies(config, ranks) if layout.distributed_optimizer else 1
@@ -168,21 +175,18 @@ def _in_flight(config: Config, stage: int) -> float:
 
 
 def _head(config: Config, dims: Dims, last: bool, *, trains: bool) -> int:
-    """The language-model head: hidden states of all tokens and those scored, a chunk's logits.
-
-    When it trains, the gradients of what it scored and of its weight as well.
-    """
+    """The language-model head: gathered hidden states, a chunk's logits, the weight's gradient."""
     if not last:
         return 0
     size, tensor = element_bytes(config), config.parallel.tensor
     tokens = config.engine.tokens_per_micro_batch / config.parallel.context
-    words = math.ceil(dims.vocab / tensor)
-    chunk = min(tokens, most_chunk_tokens(config, words))
-    held = 2 * tokens * dims.hidden * size + chunk * words * logit_bytes(config)
-    if trains:
-        sums = FP32 if config.engine.head_grad_fp32 else size
-        held += tokens * dims.hidden * size + words * dims.hidden * sums
-    return math.ceil(held)
+    hidden = 2 * tokens * dims.hidden * size  # all positions and those scored, or their gradient
+    logits = config.engine.head_chunk_tokens * math.ceil(dims.vocab / tensor)
+    converted = 0 if size == FP32 else FP32 + size
+    if not trains:
+        return math.ceil(hidden + 2 * FP32 * logits)
+    gradient = vocabulary_parameters(dims, tensor) * (FP32 + (0 if size == FP32 else size))
+    return math.ceil(hidden + (2 * FP32 + converted) * logits + gradient)
 
 
 def _scalar_head(config: Config, dims: Dims, last: bool) -> int:
@@ -194,18 +198,35 @@ def _scalar_head(config: Config, dims: Dims, last: bool) -> int:
     return math.ceil(FP32 * tokens * dims.hidden / shared)
 
 
-def _engine(config: Config, dims: Dims, gpu: Gpu) -> tuple[Parts, int]:
-    """An engine takes its share of the GPU: weights, work space, and the rest is its cache."""
+def engine_parts(config: Config, dims: Dims) -> Parts:
+    """What an engine takes on a GPU besides its cache."""
     rollout, size = config.rollout, element_bytes(config)
-    share = int(rollout.gpu_memory_utilization * gpu.memory)
-    weights = size * engine_parameters(dims, rollout.tensor_parallel)
     prefill = max(config.sampling.max_total_tokens, PREFILL_TOKENS)
     a_token = 4 * dims.hidden + 3 * dims.ffn // rollout.tensor_parallel
-    work = size * a_token * prefill + SAMPLER * rollout.max_sequences * dims.vocab
-    work += 0 if rollout.enforce_eager else GRAPHS
-    cache = max(0, share - weights - work)
-    parts = {"engine weights": weights, "engine work space": work, "KV cache": cache}
-    return parts, cache // kv_bytes(config, dims)
+    return {
+        "engine weights": _engine_weights(config, dims),
+        "engine work space": size * a_token * prefill
+        + SAMPLER * rollout.max_sequences * dims.vocab,
+        "CUDA graphs": 0 if rollout.enforce_eager else GRAPHS,
+    }
+
+
+def _engine(config: Config, dims: Dims, gpu: Gpu) -> tuple[Parts, int]:
+    """An engine takes its share of the GPU; what its parts leave of that is its cache."""
+    share = int(config.rollout.gpu_memory_utilization * gpu.memory)
+    parts = engine_parts(config, dims)
+    cache = max(0, share - sum(parts.values()))
+    return parts | {"KV cache": cache}, cache // kv_bytes(config, dims)
+
+
+def _engine_weights(config: Config, dims: Dims) -> int:
+    """Quantised, the matrices of the layers have one byte an element and nothing else has."""
+    tensor = config.rollout.tensor_parallel
+    weights = element_bytes(config) * engine_parameters(dims, tensor)
+    if config.rollout.quantization == "none":
+        return weights
+    matrices = dims.layers * layer_matrices(dims, tensor, engine_copies(dims, tensor))
+    return weights - (element_bytes(config) - 1) * matrices
 
 
 def _staging(config: Config) -> int:

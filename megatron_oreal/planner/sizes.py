@@ -41,10 +41,20 @@ def element_bytes(config: Config) -> int:
 def layer_parameters(dims: Dims, tensor: int = 1, kv_copies: int = 1) -> int:
     """Parameters of a layer on one of `tensor` ranks, key-value heads held so many times over."""
     rows = dims.query_rows + 2 * dims.kv_rows * kv_copies
-    matrices = rows * dims.hidden + dims.query_rows * dims.hidden + 3 * dims.ffn * dims.hidden
-    bias = rows if dims.qkv_bias else 0
+    bias = math.ceil(rows / tensor) if dims.qkv_bias else 0
     norms = 2 * dims.hidden + (2 * dims.head_dim if dims.qk_norm else 0)
-    return math.ceil((matrices + bias) / tensor) + norms
+    return layer_matrices(dims, tensor, kv_copies) + bias + norms
+
+
+def layer_matrices(dims: Dims, tensor: int = 1, kv_copies: int = 1) -> int:
+    """The same without biases and norms."""
+    rows = 2 * dims.query_rows + 2 * dims.kv_rows * kv_copies + 3 * dims.ffn
+    return math.ceil(rows * dims.hidden / tensor)
+
+
+def engine_copies(dims: Dims, tensor: int) -> int:
+    """How often an engine of so many ranks holds each key-value head."""
+    return max(1, tensor // dims.kv_heads)
 
 
 def vocabulary_parameters(dims: Dims, tensor: int = 1) -> int:
@@ -77,7 +87,7 @@ def stage_parameters(dims: Dims, layout: ParallelConfig, stage: int, head: Head)
 
 def engine_parameters(dims: Dims, tensor: int) -> int:
     """Parameters on one rank of a vLLM engine, which copies key-value heads it has too few of."""
-    copies = max(1, tensor // dims.kv_heads)
+    copies = engine_copies(dims, tensor)
     ends = 1 if dims.tied_embeddings else 2
     body = dims.layers * layer_parameters(dims, tensor, copies) + dims.hidden
     return body + ends * vocabulary_parameters(dims, tensor)

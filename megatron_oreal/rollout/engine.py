@@ -58,7 +58,13 @@ class Sampler(Protocol):
 
 
 class RolloutEngine(Sampler, Protocol):
-    """A backend that samples responses; every method is collective over the world."""
+    """A backend that samples responses; every method is collective over the world.
+
+    One that shares GPUs with training gives its memory back between generations, in this order:
+    `sleep`, `wake_weights`, `load_weights` or a write in place with `forget_prefixes` after it,
+    `wake_cache`. A step that is done already does nothing; one out of order is a `RuntimeError`
+    that names the state, see `cycle`. One that shares nothing never sleeps.
+    """
 
     def renew_by(self, renew: Renew) -> None:
         """Takes what brings the policy's weights into engines that were started again.
@@ -100,7 +106,24 @@ class RolloutEngine(Sampler, Protocol):
         ...
 
     def forget_prefixes(self) -> None:
-        """Forgets every cached prefix, after weights were written in place."""
+        """Forgets every cached prefix, after all weights were written in place."""
+        ...
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it cannot generate before weights are brought: it sleeps, or never had any."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back the memory of weights and cache, whose content is lost."""
+        ...
+
+    def wake_weights(self) -> None:
+        """Takes memory for the weights again, at the addresses where they lay; nothing is in it."""
+        ...
+
+    def wake_cache(self) -> None:
+        """Takes memory for the cache again, once the weights are written; then it generates."""
         ...
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ from megatron_oreal.rollout.vllm_served import QUALIFIED_NAME
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import Config, Precision, RolloutConfig
 
-LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 DTYPES: dict[Precision, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 
 _GIB = 1 << 30
+_NO_SHARE = 0.01
 _PREFILL_TOKENS = 8192  # at least so many prompt tokens a step
 
 
@@ -26,9 +26,18 @@ def engine_arguments(
     config: RolloutConfig,
     precision: Precision,
     max_total_tokens: int,
-    logprobs_mode: LogprobsMode,
+    *,
+    kv_cache_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the fields of vLLM's `EngineArgs` that decide what is sampled, and how fast."""
+    """Returns the fields of vLLM's `EngineArgs` that decide what is sampled, and how fast.
+
+    Without `kv_cache_bytes` a rank's cache is `rollout.kv_cache_gib` on a CPU, and on a GPU what
+    vLLM finds to be left of `rollout.gpu_memory_utilization`.
+    """
+    # vLLM asks for its whole share to be free; whoever counts out the cache has seen to that.
+    share = config.gpu_memory_utilization if kv_cache_bytes is None else _NO_SHARE
+    if kv_cache_bytes is None and not has_gpu():
+        kv_cache_bytes = config.kv_cache_gib * _GIB
     return {
         "model": model_path,
         "skip_tokenizer_init": True,
@@ -39,35 +48,24 @@ def engine_arguments(
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_total_tokens, config.max_sequences, _PREFILL_TOKENS),
         "tensor_parallel_size": config.tensor_parallel,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "kv_cache_memory_bytes": None if has_gpu() else config.kv_cache_gib * _GIB,
+        "gpu_memory_utilization": share,
+        "kv_cache_memory_bytes": kv_cache_bytes,
+        "kv_cache_dtype": config.kv_cache_dtype,
+        "quantization": None if config.quantization == "none" else config.quantization,
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": True,
-        "logprobs_mode": logprobs_mode,
+        "logprobs_mode": "raw_logprobs",
         "generation_config": "vllm",  # or the model's own sampling defaults and end tokens come in
         "disable_log_stats": True,
         "seed": 0,
     }
 
 
-def logprobs_mode(config: Config) -> LogprobsMode:
-    """Returns which log-probabilities a run wants; pure.
-
-    Raw ones are the model's own, which the policy is compared with. Importance weights ask for
-    those of the distribution that is sampled from; validation sees to it that the two are one.
-    """
-    return "raw_logprobs" if config.oreal.importance.level == "none" else "processed_logprobs"
-
-
 def server_command(config: Config, address: str, port: int) -> list[str]:
     """Returns the command that starts a rollout server for this config; pure."""
     transfer = TRANSFERS[config.rollout.server_transfer]
     arguments = engine_arguments(
-        config.model.path,
-        config.rollout,
-        config.model.precision,
-        config.sampling.max_total_tokens,
-        logprobs_mode(config),
+        config.model.path, config.rollout, config.model.precision, config.sampling.max_total_tokens
     ) | {
         "worker_extension_cls": QUALIFIED_NAME,
         "weight_transfer_config": json.dumps({"backend": transfer}),

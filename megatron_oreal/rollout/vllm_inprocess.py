@@ -4,8 +4,9 @@
    step because they add the same requests in the same order, each with its own seed, and nothing is
    aborted or timed.
 2. Token ids go in and come out; the caller's tokenizer decodes them, vLLM loads none.
-3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p; or, for
-   importance weights, of the one that is sampled from.
+3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p.
+4. Asleep, at vLLM's level 2, weights and cache give up their memory and their content; addresses
+   stay. On a CPU vLLM's scheduler alone sleeps: the order of the steps is the same.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.monitor.pending import waiting
 from megatron_oreal.parallel.collectives import broadcast_bytes, world_rank, world_size
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+from megatron_oreal.rollout.cycle import Cycle
 from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
-from megatron_oreal.rollout.vllm_arguments import LogprobsMode, engine_arguments
+from megatron_oreal.rollout.vllm_arguments import engine_arguments
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.vllm_layout import LiveShard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from vllm import RequestOutput
     from vllm.logprobs import FlatLogprobs
@@ -61,7 +63,8 @@ class VllmInProcess:
         max_total_tokens: int,
         stop_token_id: int,
         decode: Callable[[Sequence[int]], str],
-        logprobs_mode: LogprobsMode = "raw_logprobs",
+        weights: bool = True,
+        kv_cache_bytes: int | None = None,
         verbose: bool = False,
     ) -> None:
         """Starts this rank's part of its engine; collective over the world.
@@ -73,7 +76,8 @@ class VllmInProcess:
             max_total_tokens: the longest prompt and response together that will be asked for.
             stop_token_id: the only token that ends a response.
             decode: response ids -> text, without special tokens.
-            logprobs_mode: of which distribution log-probabilities are, as vLLM calls it.
+            weights: reads those of `model_path`; without, the engine waits for the first push.
+            kv_cache_bytes: of this rank's cache; None: see `vllm_arguments.engine_arguments`.
             verbose: lets vLLM log.
 
         Raises:
@@ -90,12 +94,21 @@ class VllmInProcess:
         self._speaks = world_rank() % tp == 0
         self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
         self._stop_token_id, self._decode = stop_token_id, decode
+        arguments = engine_arguments(
+            model_path, config, precision, max_total_tokens, kv_cache_bytes=kv_cache_bytes
+        )
+        arguments["enable_sleep_mode"] = config.sleep and has_gpu()
+        if not weights and config.quantization == "none" and config.kv_cache_dtype == "auto":
+            # Else scales, too, would be made up, and no push brings these.
+            arguments["load_format"] = "dummy"
         with process_state_kept(_environment(verbose)), _quiet(verbose):
-            self._llm = _start(
-                engine_arguments(model_path, config, precision, max_total_tokens, logprobs_mode)
-            )
+            self._llm = _start(arguments)
         self._tied = bool(self._llm.model_config.hf_config.tie_word_embeddings)
         self._names = _tensor_names(model_path) - ({_HEAD} if self._tied else set())
+        self._sleeps, self._addresses = config.sleep, dict[str, int]()
+        self._cycle = Cycle("generating" if weights or config.sleep else "weights awake")
+        if not weights:
+            self.sleep()
 
     def generate(
         self,
@@ -112,7 +125,7 @@ class VllmInProcess:
         progress = SharedProgress(len(own), len(requests), advance)
         rollouts: dict[int, Rollout] = {}
         waits = waiting(lambda: f"vLLM, {unanswered(own, rollouts)}")
-        with random_state_kept(), self._compilation(), waits:
+        with self._cycle.step("generate"), random_state_kept(), self._compilation(), waits:
             for index in own:
                 self._add(index, requests[index], sampling, budgets[index])
             while self._llm.has_unfinished_requests():
@@ -154,17 +167,60 @@ class VllmInProcess:
         if expected is not None:
             (check,) = self._llm.apply_model(LiveCheck)
             weights = check.noted(weights)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if names != self._names:
-            missing, unknown = sorted(self._names - names), sorted(names - self._names)
-            raise ValueError(f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}")
+        with self._cycle.step("write"):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if names != self._names:
+                missing, unknown = sorted(self._names - names), sorted(names - self._names)
+                raise ValueError(f"weights for vLLM: missing {missing[:3]}, unknown {unknown[:3]}")
         self.forget_prefixes()
         return check.differing() if check else []
 
     def forget_prefixes(self) -> None:
         """Forgets every cached prefix; see `RolloutEngine.forget_prefixes`."""
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: a request is still running")
+        with self._cycle.step("write"):
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache: a request is still running")
+
+    @property
+    def needs_weights(self) -> bool:
+        """Until the first push, and from `sleep` on; see `RolloutEngine.needs_weights`."""
+        return self._cycle.state != "generating"
+
+    def sleep(self) -> None:
+        """Gives memory back, unless `rollout.sleep` is off; see `RolloutEngine.sleep`."""
+        if not self._sleeps:
+            return
+        with self._cycle.step("sleep") as due:
+            if due:
+                self._addresses = self._find_addresses()
+                self._llm.sleep(level=2)  # level 1 would copy the weights to the host first
+
+    def wake_weights(self) -> None:
+        """Takes memory for the weights; see `RolloutEngine.wake_weights`.
+
+        Raises:
+            RuntimeError: They lie elsewhere than before: nothing may be written in place.
+        """
+        with self._cycle.step("wake_weights") as due:
+            if due:
+                self._wake("weights")
+                if self._find_addresses() != self._addresses:
+                    raise RuntimeError("vLLM moved its parameters while it slept")
+
+    def wake_cache(self) -> None:
+        """Takes memory for the cache; see `RolloutEngine.wake_cache`."""
+        with self._cycle.step("wake_cache") as due:
+            if due and self._llm.is_sleeping():  # an engine that never slept has all of it
+                self._wake("kv_cache")
+
+    def _wake(self, what: str) -> None:
+        if has_gpu():
+            torch.cuda.empty_cache()  # what training left unused is not vLLM's to take before
+        self._llm.wake_up(tags=[what])
+
+    def _find_addresses(self) -> dict[str, int]:
+        parameters = self.live_shard().parameters
+        return {name: parameter.data_ptr() for name, parameter in parameters.items()}
 
     def differing(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
         """Reads all weights back and returns the names of those that are not these tensors'.
@@ -245,24 +301,24 @@ def _quiet(verbose: bool) -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _start(settings: dict[str, Any]) -> LLMEngine:
+def _start(arguments: Mapping[str, Any]) -> LLMEngine:
     """Builds this rank's part of an engine; collective over the world."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     name = broadcast_bytes(uuid4().hex.encode()).decode()
-    arguments = EngineArgs(
-        **settings,
+    settings = EngineArgs(
+        **arguments,
         distributed_executor_backend="external_launcher",
         worker_cls="auto" if has_gpu() else _CPU_WORKER,
         additional_config={"engine_name": name},
         use_tqdm_on_load=False,
     )
     try:
-        return LLMEngine.from_engine_args(arguments)
+        return LLMEngine.from_engine_args(settings)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"rollout: vLLM refuses {settings['model']} with it: {reason}") from error
+        raise UserError(f"rollout: vLLM refuses {arguments['model']} with it: {reason}") from error
 
 
 def _tensor_names(folder: str) -> set[str]:

@@ -12,7 +12,7 @@ from megatron_oreal.weights.sums import Checksums, differing, whole_sum
 from megatron_oreal.weights.vllm_layout import difference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -26,6 +26,11 @@ Check = Literal["start", "always"]
 
 class Route(Protocol):
     """A way for weights from the policy's ranks to the engines."""
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """Where it leads."""
+        ...
 
     @property
     def description(self) -> str:
@@ -105,8 +110,16 @@ class WeightSync:
         """How weights reach the engines, in a few words."""
         return self._route.description
 
+    @property
+    def engine(self) -> RolloutEngine:
+        """What weights are pushed to."""
+        return self._route.engine
+
     def push(self, *, check: bool = False) -> None:
         """Brings the policy's present weights into every engine; collective over the world.
+
+        Engines that sleep are woken, their weights before and their cache after: never is there
+        memory in use for both the cache and weights on their way.
 
         Args:
             check: Checks this push as well.
@@ -116,14 +129,20 @@ class WeightSync:
                 than the policy; names it.
         """
         check = check or self._always or not self._checked
+        self.engine.wake_weights()
         wrong = self._route.carry(check=check)
-        if not check:
-            return
-        found = [text.decode() for text in all_gather_bytes("".join(wrong[:1]).encode())]
-        ranks = [rank for rank, name in enumerate(found) if name]
-        if ranks:
-            raise RuntimeError(f"weight sync: {found[ranks[0]]} arrived changed on ranks {ranks}")
-        self._checked = True
+        if check:
+            _refuse(wrong)
+            self._checked = True
+        self.engine.wake_cache()
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    """Raises a `RuntimeError` on every rank if any names a tensor; collective over the world."""
+    found = [text.decode() for text in all_gather_bytes("".join(wrong[:1]).encode())]
+    ranks = [rank for rank, name in enumerate(found) if name]
+    if ranks:
+        raise RuntimeError(f"weight sync: {found[ranks[0]]} arrived changed on ranks {ranks}")
 
 
 def open_sync(

@@ -126,10 +126,14 @@ def _compare_with_reference(
 
 
 def _probe(source: ModelSource, engine: RolloutEngine, prompts: Sequence[Prompt]) -> PackedBatch:
-    """Samples one answer to each question, packed for the policy; collective over the world."""
+    """Samples one answer to each question, packed for the policy; the engines sleep then.
+
+    Collective over the world.
+    """
     config = source.config
     requests = build_requests(prompts, 1, config.run.seed, iteration=0)
     rollouts = engine.generate(requests, config.sampling, lambda _: None)
+    engine.sleep()
     trajectories = [unjudged(*answered) for answered in zip(prompts, rollouts, strict=True)]
     tokens = config.engine.tokens_per_micro_batch
     return Packer.for_layout(source.topology, tokens).pack(trajectories)

@@ -38,7 +38,10 @@ from megatron_oreal.types import Prompt, RolloutGroup
 from megatron_oreal.verify.cascade import Verifier
 
 # What decides which groups come of a question, besides the header's own fields.
-_DECISIVE = ("model.", "sampling.", "verifier.", "judge.", "data.system_prompt")
+_DECISIVE = (
+    *("model.", "sampling.", "verifier.", "judge.", "data.system_prompt"),
+    *("rollout.quantization", "rollout.kv_cache_dtype"),
+)
 
 
 class GroupSource(Protocol):
@@ -247,11 +250,6 @@ class RecordedGroups:
         if header.vocabulary != expected.vocabulary:
             why = "recorded with another tokenizer than that of model.path"
             raise self._refusal(iteration, f"{why}; name a model that has it")
-        level = self.config.oreal.importance.level
-        if level != "none" and not header.temperature == header.top_p == 1:
-            why = f"oreal.importance.level={level} weighs samples of temperature and top_p 1"
-            found = f"these have {header.temperature:g} and {header.top_p:g}"
-            raise self._refusal(iteration, f"{why}, {found}; record again, or set level=none")
         if header.iteration != iteration:
             raise self._refusal(iteration, f"is of iteration {header.iteration}; put it back")
 
@@ -281,8 +279,6 @@ def expected_header(config: Config, vocabulary: str, iteration: int) -> RecordHe
         questions=config.data.questions_per_iteration,
         samples=config.sampling.samples_per_question,
         vocabulary=vocabulary,
-        temperature=config.sampling.temperature,
-        top_p=config.sampling.top_p,
     )
 
 

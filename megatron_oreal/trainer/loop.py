@@ -5,10 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from megatron_oreal.algorithm import importance, objectives, selection, shaping
+from megatron_oreal.algorithm import objectives, selection, shaping
 from megatron_oreal.algorithm.schedule import policy_is_frozen
 from megatron_oreal.algorithm.token_weights import token_weights, uniform_weights
 from megatron_oreal.config.schema import Config
@@ -58,6 +57,7 @@ class OrealLoop:
         trajectories = selection.select(groups, cfg.oreal, cfg.run.seed, iteration)  # l. 8-9
         batch = self.packer.pack(trajectories)
         if trajectories:
+            self._rest_engines()
             self._check_start(batch)
             weighed = self._weigh(batch, iteration)  # l. 10-11
             batch = self._update(batch, weighed["token_weight"], iteration)  # l. 12
@@ -112,7 +112,6 @@ class OrealLoop:
             reference = self.reference.logprobs(batch, advance).logprobs
         trajectories = batch.trajectories
         batch = batch.with_fields(**objectives.policy_fields(trajectories, weights, reference))
-        batch = self._correct(batch)
         objective = objectives.policy_objective(
             self.config.oreal, *objectives.count_tokens(trajectories)
         )
@@ -129,22 +128,8 @@ class OrealLoop:
         if not frozen and self.skipped.took("policy", step):
             self.rates.policy_updates += 1
             self.push_weights()
+        self.wake_engines()
         return batch.with_fields(logprobs=step.logprobs, entropy=step.entropy)
-
-    def _correct(self, batch: PackedBatch) -> PackedBatch:
-        """Adds importance weights from a forward of the policy as it sampled; none while off.
-
-        A pass of its own: a response's ratio is known only after its last token.
-        """
-        cfg = self.config.oreal.importance
-        if cfg.level == "none":
-            return batch
-        with self._phase("importance", batch) as advance:
-            logprobs = self.policy.logprobs(batch, advance).logprobs
-        rollout = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
-        ratios = importance.log_ratios(logprobs, rollout)
-        self.journal.add(importance.importance_metrics(cfg, ratios))
-        return batch.with_fields(importance_weight=importance.importance_weights(cfg, ratios))
 
     def _phase(self, name: str, batch: PackedBatch) -> AbstractContextManager[Advance]:
         return self.journal.phase(name, len(batch.micro_batches[0]), "micro-batches")
@@ -154,3 +139,14 @@ class OrealLoop:
         if self.weight_sync:
             with self.journal.phase("sync"):
                 self.weight_sync.push()
+
+    def wake_engines(self) -> None:
+        """Does the same where engines sleep: what sleeps has lost its weights."""
+        if self.weight_sync and self.weight_sync.engine.needs_weights:
+            self.push_weights()
+
+    def _rest_engines(self) -> None:
+        """Has the engines give their memory to the training, until they are given weights again."""
+        if self.weight_sync:
+            with self.journal.phase("sleep"):
+                self.weight_sync.engine.sleep()

@@ -26,7 +26,7 @@ _ITERATION = -1  # seeds that no iteration has
 def probe_engine(
     policy: Policy, engine: RolloutEngine, prompt: Prompt, packer: Packer, config: Config
 ) -> float:
-    """Samples short responses to one prompt and has the policy score them.
+    """Samples short responses to one prompt and has the policy score them; the engines sleep then.
 
     Collective over the world. Returns the mean difference of a token's log-probabilities.
 
@@ -40,6 +40,7 @@ def probe_engine(
         for sample in range(_RESPONSES_PER_RANK * world_size())
     ]
     rollouts = engine.generate(requests, sampling, lambda _: None)
+    engine.sleep()
     trajectories = [unjudged(prompt, rollout) for rollout in rollouts]
     logprobs = policy.logprobs(packer.pack(trajectories)).logprobs
     return check_difference(logprobs, trajectories, config)

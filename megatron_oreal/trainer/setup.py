@@ -25,9 +25,9 @@ from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.rollout.engine import RolloutEngine
-from megatron_oreal.rollout.vllm_arguments import logprobs_mode
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_server import VllmServer
+from megatron_oreal.trainer.engine_memory import agree_on_cache
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
 from megatron_oreal.trainer.exporter import Exporter
 from megatron_oreal.trainer.group_source import GroupSource, RecordedGroups, SampledGroups
@@ -139,12 +139,17 @@ def check_vocabulary(
         )
 
 
-def start_engine(config: Config, texts: Texts) -> RolloutEngine:
+def start_engine(config: Config, texts: Texts, *, trains: bool = False) -> RolloutEngine:
     """Starts the rollout engines on the checkpoint's own weights, or finds servers.
 
-    Collective over the world.
+    Collective over the world. Where a policy `trains` beside them, they wait for its weights.
     """
-    backend = VllmServer if config.rollout.backend == "vllm_server" else VllmInProcess
+    share = partial(agree_on_cache, config, trains=trains)
+    backend = (
+        VllmServer
+        if config.rollout.backend == "vllm_server"
+        else partial(VllmInProcess, weights=not trains, kv_cache_bytes=share())
+    )
     return backend(
         config.model.path,
         config.rollout,
@@ -152,7 +157,6 @@ def start_engine(config: Config, texts: Texts) -> RolloutEngine:
         max_total_tokens=config.sampling.max_total_tokens,
         stop_token_id=texts.stop_id,
         decode=texts.decode,
-        logprobs_mode=logprobs_mode(config),
     )
 
 
@@ -210,17 +214,17 @@ class Engines:
 
 @contextlib.contextmanager
 def open_engines(
-    config: Config, texts: Texts, journal: Journal, weights: Callable[[], str] = str
+    config: Config, texts: Texts, journal: Journal, weights: Callable[[], str] | None = None
 ) -> Iterator[Engines]:
     """Starts engines and verifier and ends them again; collective over the world.
 
-    `weights` tells those that the engines hold, empty for the checkpoint's of `model.path`.
+    `weights` tells those of a policy that trains beside them; without, they are the checkpoint's.
     """
     with (
         Verifier(config.verifier, config.judge) as verifier,
-        contextlib.closing(start_engine(config, texts)) as engine,
+        contextlib.closing(start_engine(config, texts, trains=weights is not None)) as engine,
     ):
-        source = SampledGroups(config, engine, verifier, journal, texts.vocabulary, weights)
+        source = SampledGroups(config, engine, verifier, journal, texts.vocabulary, weights or str)
         evaluator = Evaluator(config, texts.held_out, engine, verifier) if texts.held_out else None
         yield Engines(engine, source, evaluator)
 

@@ -64,6 +64,7 @@ def _hand_over(run: TrainingRun) -> None:
     loop.push_weights()
     with journal.phase("check"):
         mean = probe_engine(loop.policy, run.engine, run.probe, loop.packer, run.config)
+    loop.wake_engines()
     journal.say(f"weights reach the engines {loop.weight_sync.description}")
     journal.say(f"policy and engines differ by {mean:.1e} a token on question {run.probe.id}")
 

@@ -44,7 +44,7 @@ from tests.contracts.rollout_models import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Mapping
 
     from megatron_oreal.rollout.engine import Sampler
     from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
@@ -66,6 +66,7 @@ class Case:
         folder: Path,
         kind: type[VllmInProcess | VllmServer],
         precision: str,
+        more: Mapping[str, Any] | None = None,
         **rollout: Any,
     ) -> None:
         self.folder = folder
@@ -77,6 +78,7 @@ class Case:
             max_total_tokens=WINDOW,
             stop_token_id=STOP,
             decode=lambda tokens: " ".join(map(str, tokens)),
+            **more or {},
         )
         self.found: dict[str, Any] = {"start_s": time.monotonic() - started}
         self.requests = [
@@ -156,6 +158,34 @@ class Case:
         stream = whole_tensors(self.folder / weights, self.engine.receivers)
         route = WholeTensorRoute(stream, self.engine, "this is a test", meddle)
         WeightSync(route, "always").push()
+
+    def rest(self, push: Callable[[], None]) -> None:
+        """Sleeps, is given the first weights again by a push, and samples what it sampled first.
+
+        Each step comes twice, and in between those that the state does not allow.
+        """
+        engine = self.engine
+        first = engine.needs_weights
+        for _ in range(2):
+            engine.sleep()
+        asleep = [engine.needs_weights, *map(refusal, (self._ask, engine.wake_cache))]
+        for _ in range(2):
+            engine.wake_weights()
+        awake = [engine.needs_weights, *map(refusal, (self._ask, engine.wake_cache, engine.sleep))]
+        push()
+        engine.wake_cache()
+        again = self.generate(self.requests, SAMPLED)
+        self.found["rest"] = {
+            "states": [first, asleep, awake, engine.needs_weights],
+            "rollouts": [asdict(rollout) for rollout in again],
+        }
+
+    def unfilled(self) -> None:
+        """What an engine that was started without weights says when it is asked."""
+        self.found["unfilled"] = [self.engine.needs_weights, *refusal(self._ask)]
+
+    def _ask(self) -> None:
+        self.engine.generate(self.requests[:1], SAMPLED, lambda _: None)
 
     def refusals(self) -> None:
         too_long = [Request((3,) * WINDOW, 0)]

@@ -8,7 +8,10 @@ Rank 0 writes `found.json`: one entry a case, plain numbers and token lists.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -65,29 +68,40 @@ def process_state() -> list[Any]:
         torch.set_num_threads is SET_NUM_THREADS,
         [str(entry) for entry in warnings.filters],
         torch.get_default_dtype() is torch.float32,
+        str(torch.get_default_device()),
         torch.is_grad_enabled(),
+        [torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark],
+        [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic],
+        [torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()],
         sorted(os.sched_getaffinity(0)),
+        [str(signal.getsignal(number)) for number in signal.valid_signals()],
+        [sys.excepthook is EXCEPTHOOK, faulthandler.is_enabled(), str(Path.cwd())],
+        [logging.root.level, len(logging.root.handlers), logging.root.manager.disable],
+        multiprocessing.get_start_method(allow_none=True),
     ]
 
 
-SET_NUM_THREADS = torch.set_num_threads
+SET_NUM_THREADS, EXCEPTHOOK = torch.set_num_threads, sys.excepthook
 
 
 class InProcess(Case):
     """Engines inside these two ranks."""
 
-    def __init__(self, folder: Path, *, tp: int, precision: str = "fp32") -> None:
-        super().__init__(folder, VllmInProcess, precision, tensor_parallel=tp)
+    def __init__(
+        self, folder: Path, *, tp: int, precision: str = "fp32", weights: bool = True
+    ) -> None:
+        more = {"weights": weights}
+        super().__init__(folder, VllmInProcess, precision, more, tensor_parallel=tp)
 
     def reload(self) -> None:
         """The way through vLLM's reload."""
         self.push("new")
         self.compare()
 
-    def write_in_place(self, meddle: Meddle | None = None) -> None:
+    def write_in_place(self, weights: str = "new", meddle: Meddle | None = None) -> None:
         """What a trainer does where the live model is plain; rank 0 is all of the policy here."""
-        family, dims = read_model(self.folder / "new")
-        survey, params = survey_of(self.folder / "new", rank=0)
+        family, dims = read_model(self.folder / weights)
+        survey, params = survey_of(self.folder / weights, rank=0)
         live = self.engine.live_shard()
         plan = open_in_place(survey, params, family, dims, live, round_bytes=1 << 16)
         WeightSync(InPlaceRoute(plan, self.engine, meddle), "always").push()
@@ -185,6 +199,7 @@ def run_tied(folder: Path) -> dict[str, Any]:
     case.banked()
     case.reload()
     case.greedy("new")
+    case.rest(lambda: case.push("old"))
     case.engine.close()
     return case.found
 
@@ -197,10 +212,11 @@ def run_plain(folder: Path) -> dict[str, Any]:
     case.greedy("old")
     case.sampling()
     case.banked()
-    case.found["flipped"] = refusal(lambda: case.write_in_place(flip_byte))
+    case.found["flipped"] = refusal(lambda: case.write_in_place(meddle=flip_byte))
     case.write_in_place()
     case.compare()
     case.greedy("new")
+    case.rest(lambda: case.write_in_place("old"))
     case.engine.close()
     return case.found
 
@@ -217,8 +233,10 @@ def unpacked() -> Iterator[None]:
 
 def run_family(folder: Path, tp: int) -> dict[str, Any]:
     """What depends on the tensors that a family has, and on their names."""
-    case = InProcess(folder, tp=tp)
+    case = InProcess(folder, tp=tp, weights=False)
     case.everywhere("misplaced", live_regions(case))
+    case.unfilled()
+    case.push("old")
     case.greedy("old")
     case.reload()
     case.greedy("new")
@@ -258,6 +276,7 @@ def run_server(folder: Path, others: Path, host: str) -> dict[str, Any]:
     case = Case(folder, VllmServer, "fp32", **served_by(host))
     case.greedy("old")
     case.sampling()
+    case.rest(lambda: None)
     case.found["flipped"] = refusal(lambda: case.push("new", flip_byte))
     case.found["flipped_beyond"] = flipped_beyond(case)
     case.push("new")

@@ -114,6 +114,49 @@ def test_what_a_bank_holds_is_not_sampled_again_and_the_rest_as_ever(found, case
             assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=exactly, rel=0)
 
 
+@pytest.mark.parametrize("case", ["tied", "tied_tp2"])
+def test_an_engine_that_slept_samples_what_a_fresh_one_does(found, case):
+    again = [rollout["tokens"] for rollout in found[case]["rest"]["rollouts"]]
+    assert again == [rollout["tokens"] for rollout in found[case]["rollouts"]]
+
+
+@pytest.mark.parametrize("case", ["tied", "tied_tp2"])
+def test_steps_out_of_order_are_refused_and_name_the_state(found, case):
+    """The steps twice each: none of them is refused where it is done already."""
+    first, asleep, awake, last = found[case]["rest"]["states"]
+    assert not first
+    assert not last
+    needs, ask, wake_cache = asleep
+    assert needs
+    kind = "WrongOrderError"
+    assert ask == [kind, "rollout engine: generate while asleep, not generating"]
+    assert wake_cache == [kind, "rollout engine: wake_cache while asleep, not weights written"]
+    needs, ask, wake_cache, sleep = awake
+    assert needs
+    assert ask == [kind, "rollout engine: generate while weights awake, not generating"]
+    assert wake_cache[1] == "rollout engine: wake_cache while weights awake, not weights written"
+    assert sleep == [kind, "rollout engine: sleep while weights awake, not generating"]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_an_engine_started_without_weights_waits_for_them(found, case):
+    """What it then samples is compared with transformers, like that of all others."""
+    needs, kind, text = found[case]["unfilled"]
+    assert needs
+    assert (kind, text) == (
+        "WrongOrderError",
+        "rollout engine: generate while asleep, not generating",
+    )
+
+
+def test_a_server_rests_without_losing_anything(found):
+    first, asleep, awake, last = found["server"]["rest"]["states"]
+    accepted = ["", "accepted"]
+    assert [first, last] == [False, False]
+    assert asleep == [False, accepted, accepted]
+    assert awake == [False, accepted, accepted, accepted]
+
+
 @pytest.mark.parametrize("other", ["tied_tp2", "server"])
 def test_two_ranks_of_one_engine_or_a_server_sample_what_one_rank_samples(found, other):
     one, two = (

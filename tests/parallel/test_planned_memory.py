@@ -51,7 +51,7 @@ TRAJECTORIES, LENGTH, SHORT = 4, 256, 8
 BUDGET = 2 * LENGTH
 ALLOWED = 0.10
 PHASES: tuple[Phase, ...] = ("reference", "token_rm", "policy")
-NOT_COUNTED = ("engine weights", "engine work space", "KV cache", "reserve")
+NOT_COUNTED = ("CUDA graphs", "reserve")
 
 
 class Layout(NamedTuple):

@@ -85,18 +85,19 @@ def test_memory_of_the_7b_recipe_by_hand() -> None:
     # again. The last norm keeps 2 h / 4.
     kept = (4 * 3584 + 3 * (3584 + 512)) // 4 + 4 * 128
     assert parts["activations"] == 16_384 * 2 * (28 * kept + 2 * 3584 // 4)
-    # Hidden states twice and their gradient, the logits of a chunk, the output's gradient in fp32.
+    # Hidden states twice, 14 bytes a logit of a chunk, the output's gradient in fp32 and bf16.
     output = 152_064 // 4
-    chunk = (448 << 20) // (2 * output)
-    assert chunk == 6178
-    assert parts["head"] == 16_384 * 3 * 2 * 3584 + chunk * 2 * output + 4 * output * 3584
+    assert parts["head"] == 16_384 * 2 * 2 * 3584 + 14 * 512 * output + 6 * output * 3584
     # The layer at work computes 5 f / 4 again and has gradients of 2 (f + h) / 4, two whole hidden
     # states, and the gradient of its largest matrix, 2 f h / 4.
     at_work = 16_384 * 2 * (7 * 18_944 // 4 + 2 * 3584 // 4 + 2 * 3584) + 2 * 18_944 * 3584 // 4 * 2
     assert parts["layer at work"] == at_work - parts["head"]
     assert memory.phases["sync"]["staging"] == 2 << 28
-    assert sum(memory.phases["token_rm"].values()) == memory.peak
-    assert memory.peak_phase == "token_rm"
+    # While models train the engine sleeps; the most is held while it is awake.
+    assert "KV cache" not in parts
+    assert memory.peak_phase == "generate"
+    resident = sum(parts[part] for part in ("weights", "gradients", "optimizer", "reserve"))
+    assert memory.peak == pytest.approx(resident + 0.4 * A100.gpu.memory)
     assert kv_bytes(recipe("oreal_7b"), QWEN_7B) == 2 * 28 * 2 * 128 * 2
 
 
@@ -202,12 +203,12 @@ def test_the_published_run_by_the_arithmetic_of_the_docs() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_refused_with_three_that_do() -> None:
-    config = recipe("oreal_32b", "parallel.pipeline=2", "rollout.tensor_parallel=4")
+    config = recipe("oreal_32b", "parallel.pipeline=1", "rollout.tensor_parallel=4")
     with pytest.raises(UserError) as caught:
         plan_run(config, QWEN_32B, H100)
     text = str(caught.value)
     assert "\n" not in text
-    assert "does not fit 128 x h100-80: phase token_rm needs" in text
+    assert "does not fit 128 x h100-80: phase generate needs" in text
     assert text.count(" | ") == 2
     near = nearest_that_fit(config, QWEN_32B, H100)
     assert len(near) == 3
@@ -267,7 +268,7 @@ def test_a_frozen_iteration_trains_only_the_token_reward_model() -> None:
     duration = plan_duration(config, QWEN_7B, A100, kv, assumptions_for(config))
     assert duration.frozen["token_rm"] == duration.phases["token_rm"]
     assert duration.frozen["policy"] == duration.phases["reference"]
-    assert duration.frozen["sync"] == 0
+    assert duration.frozen["sync"] == duration.phases["sync"] > 0
 
 
 def arguments(*more: str) -> list[str]:
@@ -285,7 +286,7 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert main(arguments("--json", "--mean-response-tokens", "2000")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["assumptions"]["mean_response_tokens"] == 2000
-    assert found["bytes"]["peak"] == sum(found["bytes"]["phases"]["token_rm"].values())
+    assert found["bytes"]["peak"] == sum(found["bytes"]["phases"]["generate"].values())
     assert found["tokens_per_s"]["generate"] > found["tokens_per_s"]["iteration"]
 
 

@@ -52,6 +52,30 @@ def test_environment_threads_randomness_and_warnings_stand_as_before(monkeypatch
     assert draw() == expected
 
 
+def test_torchs_switches_stand_as_before():
+    def switches() -> list[object]:
+        backends = torch.backends.cuda
+        return [
+            torch.get_float32_matmul_precision(),
+            torch.get_default_dtype(),
+            backends.cudnn_sdp_enabled(),
+            backends.flash_sdp_enabled(),
+            backends.mem_efficient_sdp_enabled(),
+            backends.math_sdp_enabled(),
+        ]
+
+    before = switches()
+    with process_state_kept({}):
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+        torch.backends.cuda.enable_cudnn_sdp(not before[2])
+        torch.backends.cuda.enable_flash_sdp(not before[3])
+        torch.backends.cuda.enable_mem_efficient_sdp(not before[4])
+        torch.backends.cuda.enable_math_sdp(not before[5])
+        assert all(now != then for now, then in zip(switches(), before, strict=True))
+    assert switches() == before
+
+
 def test_an_error_inside_is_passed_on_and_undone(monkeypatch):
     monkeypatch.delenv("OREAL_NEW", raising=False)
     with pytest.raises(KeyError), process_state_kept({"OREAL_NEW": "inside"}):

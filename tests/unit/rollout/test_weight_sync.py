@@ -54,6 +54,19 @@ class KeepingEngine:
     def forget_prefixes(self) -> None:
         raise NotImplementedError
 
+    @property
+    def needs_weights(self) -> bool:
+        return not self.weights
+
+    def sleep(self) -> None:
+        self.weights = {}
+
+    def wake_weights(self) -> None:
+        pass
+
+    def wake_cache(self) -> None:
+        assert self.weights, "woken before there were weights"
+
     def close(self) -> None:
         self.weights = {}
 
