@@ -5,9 +5,11 @@ factor of its own: an objective is already divided by the global denominators. N
 response tokens of all positive and all negative trajectories of the update, over all ranks. Per
 token t of a response with reward r and advantage A, weight w:
 
-    positive, r > 0:   -logp w [A] / N+                               x positive_factor
-    negative, r < 0:   -exp(logp - stopgrad(logp)) A w / N-           x negative_factor
+    positive, r > 0:   -logp w v [A] / N+                             x positive_factor
+    negative, r < 0:   -exp(logp - stopgrad(logp)) A w v / N-         x negative_factor
     kl, either:        k(logp, reference logp) / (N+ + N-)            x kl_coefficient
+
+v is the importance weight of `algorithm/importance.py`, 1 while `importance.level` is none.
 
 The sign of the reward alone decides the term, also under `selection: all`, where a trivial
 question brings trajectories of zero advantage (unless `shaping: none`): they count in N+, N- and
@@ -27,30 +29,34 @@ Departures from the paper:
    negatives alike, not the exact divergence; top-p < 1 biases it, as it does every term, since the
    tokens come from another distribution.
 5. Questions with 0 < p < 1 are kept; the paper's line 8 says "filter out".
+6. With `importance.level` (off) both sides of Eq. 11 are weighed by policy over engine probability:
+   the paper takes engine and policy for the same. N+ and N- count tokens, not weights. Left alone
+   are the KL term, which is to hold every sampled token near the reference, and Eq. 12, which
+   learns to tell apart the answers that were sampled.
 
 Departures from the reference, the authors' training code. Its numbers are reproduced wherever none
-of these applies, and `configs/reference.yaml` takes back 6 and 7:
+of these applies, and `configs/reference.yaml` takes back 7 and 8:
 
-6. A judge that fails or runs out of time makes an answer unverified, not wrong: it leaves the
+7. A judge that fails or runs out of time makes an answer unverified, not wrong: it leaves the
    statistics of its group, since a server that is down says nothing of an answer
    (`verifier.unverified_is_incorrect` brings the old rule back).
-7. Only `</think>` ends a response's thinking. The reference also judges what follows the words
+8. Only `</think>` ends a response's thinking. The reference also judges what follows the words
    `<conclude>` and `**Final Answer**`, which its own fine-tuned models write
    (`verifier.thinking_end_markers`).
-8. A pair is drawn by (seed, iteration, question), alike on all ranks, not by the global generator
+9. A pair is drawn by (seed, iteration, question), alike on all ranks, not by the global generator
    of each rank: the same run on other ranks trains on the same trajectories.
-9. No trajectory is dropped to make the batch divide by the ranks while N+ and N- still count it: N
+10. No trajectory is dropped to make the batch divide by the ranks while N+ and N- still count it: N
    counts what is trained on.
-10. KL `k1` is logp - reference logp. The reference's `kl` has the opposite sign and rewards leaving
+11. KL `k1` is logp - reference logp. The reference's `kl` has the opposite sign and rewards leaving
     the reference.
-11. top-k weights keep at least one token; the reference fails on a response with int(n ratio) = 0.
-12. The entropy reported is that of the policy's distribution; the reference reports the mean of
+12. top-k weights keep at least one token; the reference fails on a response with int(n ratio) = 0.
+13. The entropy reported is that of the policy's distribution; the reference reports the mean of
     -logp.
-13. Text of a model is never evaluated, and every answer has a deadline; the reference hands it to
+14. Text of a model is never evaluated, and every answer has a deadline; the reference hands it to
     a parser that calls `eval`, in the trainer's process and for as long as it takes.
-14. A judge is asked for the word that its reply is searched for; the reference asks for CORRECT or
+15. A judge is asked for the word that its reply is searched for; the reference asks for CORRECT or
     INCORRECT and looks for A or B.
-15. A run resumes; the reference's starts anew.
+16. A run resumes; the reference's starts anew.
 """
 
 from __future__ import annotations
@@ -101,7 +107,8 @@ def policy_objective(
 
     Returns:
         `(logp [t], fields) -> loss [t]`, elementwise; `fields` are `reward`, `advantage`,
-        `token_weight` and `reference_logprobs`, each `[t]` at the response token it scores.
+        `token_weight` and `reference_logprobs`, with importance weights also
+        `importance_weight`, each `[t]` at the response token it scores.
     """
 
     def objective(logprobs: Tensor, fields: Fields) -> Tensor:
@@ -123,6 +130,8 @@ def policy_loss_terms(
     Factors and denominators are included: the policy's loss is their sum.
     """
     reward, advantage, weight = fields["reward"], fields["advantage"], fields["token_weight"]
+    if cfg.importance.level != "none":
+        weight = weight * fields["importance_weight"]
     zero = torch.zeros_like(logprobs)
     cloning = -logprobs * weight * (advantage if cfg.positive_times_advantage else 1.0)
     ratio = torch.exp(logprobs - logprobs.detach())  # 1, with the gradient of logp

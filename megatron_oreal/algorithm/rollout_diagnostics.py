@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_oreal.algorithm.importance import effective_share, log_ratios
 from megatron_oreal.algorithm.kl import k3
 from megatron_oreal.types import Outcome
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_oreal.types import RolloutGroup, Verdict
+
+TAIL = 0.99  # of the largest quantile of the mismatch but its maximum
 
 
 def group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -64,11 +67,17 @@ def group_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def mismatch_metrics(
     policy_logprobs: Sequence[Tensor], rollout_logprobs: Sequence[Tensor]
 ) -> dict[str, float]:
-    """Compares the trainer's log-probabilities with the engine's raw ones of the same tokens.
+    """Compares the trainer's log-probabilities with the engine's of the same tokens.
 
     Both are of the same weights. With e = policy logp - rollout logp over all response tokens:
-    `rollout/mismatch_mean` = mean |e|, `rollout/mismatch_max` = max |e|, `rollout/mismatch_k3` =
-    mean of exp(e) - e - 1, which estimates KL(engine || trainer), the tokens being the engine's.
+
+    - `rollout/mismatch_mean`, `rollout/mismatch_max`: mean and max of |e|.
+    - `rollout/mismatch_p99`: the |e| of rank floor(0.99 (t - 1)), no interpolation.
+    - `rollout/mismatch_k3`: mean of exp(e) - e - 1, which estimates KL(engine || trainer), the
+      tokens being the engine's.
+    - `rollout/ess_token`, `rollout/ess_sequence`: (sum v)^2 / (n sum v^2) of the importance ratios
+      v before any cap: exp(e) of each token; exp(sum of e) of each trajectory. Whether weights are
+      applied or not.
 
     Args:
         policy_logprobs: `[response_length]` a trajectory.
@@ -78,11 +87,15 @@ def mismatch_metrics(
         return {}
     policy = torch.cat(list(policy_logprobs)).detach().double()
     rollout = torch.cat(list(rollout_logprobs)).detach().double()
-    difference = (policy - rollout).abs()
+    ratios = log_ratios(policy_logprobs, rollout_logprobs)
+    difference = torch.cat(ratios).abs().sort().values
     return {
         "rollout/mismatch_mean": float(difference.mean()),
-        "rollout/mismatch_max": float(difference.max()),
+        "rollout/mismatch_p99": float(difference[int(TAIL * (difference.numel() - 1))]),
+        "rollout/mismatch_max": float(difference[-1]),
         "rollout/mismatch_k3": float(k3(rollout, policy).mean()),
+        "rollout/ess_token": effective_share(torch.cat(ratios)),
+        "rollout/ess_sequence": effective_share(torch.stack([r.sum() for r in ratios])),
     }
 
 

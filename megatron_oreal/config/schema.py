@@ -19,6 +19,7 @@ from megatron_oreal.config.checks import (
 )
 from megatron_oreal.config.schema_data import DataConfig, DemonstrationColumns, EvaluationConfig
 from megatron_oreal.config.schema_health import AlarmsConfig, WatchdogConfig
+from megatron_oreal.config.schema_importance import ImportanceConfig
 
 Precision = Literal["fp32", "bf16"]
 
@@ -75,12 +76,16 @@ class EngineConfig:
     tokens_per_micro_batch: int = 16384
     pad_to_budget: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
-    head_chunk_tokens: int = 512
+    head_chunk_tokens: int | None = None
+    head_logits_fp32: bool = False
+    head_grad_fp32: bool = True
     max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
-        at_least(self, 1, "tokens_per_micro_batch", "head_chunk_tokens", "max_skipped_steps")
+        at_least(self, 1, "tokens_per_micro_batch", "max_skipped_steps")
+        if self.head_chunk_tokens is not None:
+            at_least(self, 1, "head_chunk_tokens")
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class OrealConfig:
     positive_times_advantage: bool = True
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_coefficient: float = 0.01
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""

@@ -21,6 +21,7 @@ def check_sections(config: Config) -> None:
     """
     _check_window(config)
     _check_groups(config)
+    _check_importance(config)
     _check_schedule(config)
     _check_evaluation(config)
     _check_replay(config)
@@ -173,6 +174,14 @@ def _check_groups(config: Config) -> None:
         temperature,
         "draws the same response each time; set a number above 0",
     )
+
+
+def _check_importance(config: Config) -> None:
+    sampling, level = config.sampling, config.oreal.importance.level
+    for key in ("temperature", "top_p"):
+        value = getattr(sampling, key)
+        fix = f"oreal.importance.level={level} weighs samples of the policy itself; set 1"
+        require(level == "none" or value == 1, f"sampling.{key}", value, f"{fix}, or level=none")
 
 
 def _check_schedule(config: Config) -> None:

@@ -9,14 +9,29 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
+from megatron_oreal.config.head_chunks import most_chunk_tokens
+from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.megatron_model import HeadResult
 from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition
 from megatron_oreal.models.build import PackedGPT
-from megatron_oreal.models.heads import Objective, vocab_logprobs, vocab_shard
+from megatron_oreal.models.heads import (
+    HeadSettings,
+    Objective,
+    vocab_logprobs,
+    vocab_shard,
+)
 from megatron_oreal.parallel.topology import Topology
 
 SequenceObjective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`(mean scores [n], rewards [n]) -> loss [n]`, divided by the global number of sequences."""
+
+
+def head_settings(config: Config, words: int) -> HeadSettings:
+    """Returns how a run's language-model heads compute, on ranks that have so many words."""
+    engine = config.engine
+    return HeadSettings(
+        most_chunk_tokens(config, words), engine.head_logits_fp32, engine.head_grad_fp32
+    )
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,7 @@ class LogprobHead:
     module: PackedGPT
     topology: Topology
     vocab: int
-    chunk_tokens: int
+    settings: HeadSettings
     objective: Objective | None = None
     names: tuple[str, ...] = ("logprobs", "entropy")
     score_position: ScorePosition = "before"
@@ -35,11 +50,11 @@ class LogprobHead:
         """Collective over the tensor-parallel group."""
         weight = self.module.output_weight()
         out = vocab_logprobs(
-            self.module.gathered_hidden(hidden)[micro_batch.positions],
+            self.module.gathered_hidden(hidden).index_select(0, micro_batch.positions),
             weight,
             micro_batch.targets,
             vocab_shard(len(weight), self.vocab, self.topology.tp_group),
-            chunk_tokens=self.chunk_tokens,
+            self.settings,
             objective=self.objective,
             fields=micro_batch.fields,
         )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
-from megatron_oreal.engine.heads import LogprobHead, SequenceObjective, TokenScoreHead
+from megatron_oreal.engine.heads import (
+    LogprobHead,
+    SequenceObjective,
+    TokenScoreHead,
+    head_settings,
+)
 from megatron_oreal.engine.megatron_model import Load, MegatronModel, Refuse, refuse_nothing
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.models.heads import Objective
@@ -50,8 +56,8 @@ class Reference:
         self.model = MegatronModel(
             dims, config, topology, head="vocab", load=load, optimizer=self._trainable
         )
-        chunk_tokens = config.engine.head_chunk_tokens
-        self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, chunk_tokens)
+        settings = head_settings(config, math.ceil(dims.vocab / topology.tp_size))
+        self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, settings)
 
     def logprobs(self, batch: PackedBatch, advance: Advance = advance_nothing) -> PolicyStep:
         """Scores every response token forward only; collective over the world."""

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_oreal.config.schema import Config, Precision
 from megatron_oreal.models.family import Family, ModelDims
-from megatron_oreal.models.heads import ScalarHead
+from megatron_oreal.models.heads import OutputRows, ScalarHead
 from megatron_oreal.models.layer_spec import layer_spec
 from megatron_oreal.parallel.context import round_up
 from megatron_oreal.parallel.cuda_on_cpu import compute_device, cuda_on_cpu
@@ -65,9 +65,12 @@ class PackedGPT(GPTModel):
             yield Family.shift_layer(name, by=first), parameter
 
     def output_weight(self) -> torch.Tensor:
-        """The rows `[v/tp, h]` of the language-model head: the embedding's own where tied."""
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        """The rows `[v/tp, h]` of the language-model head, ready to be read.
+
+        Where tied they are the embedding's own if this stage has it, a copy of theirs if not.
+        """
+        embeds_too = self.share_embeddings_and_output_weights and self.pre_process
+        weight = self.embedding.word_embeddings.weight if embeds_too else self.output_layer()
         assert weight is not None, "only the last stage holds the head"
         return weight
 
@@ -176,9 +179,11 @@ def build_stages(
                 rope_scaling_factor=dims.rope_factor or 1.0,
                 vp_stage=vp_stage,
             )
-            if head == "scalar" and topology.has_head(stage):
-                model.register_module("output_layer", ScalarHead(settings, config.run.seed))
             _mark_shards(model)
+            if topology.has_head(stage):
+                scores = ScalarHead(settings, config.run.seed) if head == "scalar" else None
+                rows = OutputRows(model.output_layer.weight)
+                model.register_module("output_layer", scores or rows)
             stages.append(model.to(compute_device()))
     return stages
 

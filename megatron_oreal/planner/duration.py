@@ -121,6 +121,8 @@ def plan_duration(
     }
     if config.oreal.token_weights.kind == "none":
         del phases["token_rm"]
+    if config.oreal.importance.level != "none":
+        phases["importance"] = one_pass
     frozen = phases | {"policy": one_pass}
     if not config.rollout.sleep:  # what slept has lost its weights, trained or not
         frozen["sync"] = 0.0

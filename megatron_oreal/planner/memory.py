@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_oreal.config.head_chunks import logit_bytes, most_chunk_tokens
 from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.planner.activations import LayerActivations
 from megatron_oreal.planner.hardware import GIB
@@ -24,7 +25,6 @@ from megatron_oreal.planner.sizes import (
     layer_matrices,
     parameters,
     stage_parameters,
-    vocabulary_parameters,
 )
 
 if TYPE_CHECKING:
@@ -175,18 +175,21 @@ def _in_flight(config: Config, stage: int) -> float:
 
 
 def _head(config: Config, dims: Dims, last: bool, *, trains: bool) -> int:
-    """The language-model head: gathered hidden states, a chunk's logits, the weight's gradient."""
+    """The language-model head: hidden states of all tokens and those scored, a chunk's logits.
+
+    When it trains, the gradients of what it scored and of its weight as well.
+    """
     if not last:
         return 0
     size, tensor = element_bytes(config), config.parallel.tensor
     tokens = config.engine.tokens_per_micro_batch / config.parallel.context
-    hidden = 2 * tokens * dims.hidden * size  # all positions and those scored, or their gradient
-    logits = config.engine.head_chunk_tokens * math.ceil(dims.vocab / tensor)
-    converted = 0 if size == FP32 else FP32 + size
-    if not trains:
-        return math.ceil(hidden + 2 * FP32 * logits)
-    gradient = vocabulary_parameters(dims, tensor) * (FP32 + (0 if size == FP32 else size))
-    return math.ceil(hidden + (2 * FP32 + converted) * logits + gradient)
+    words = math.ceil(dims.vocab / tensor)
+    chunk = min(tokens, most_chunk_tokens(config, words))
+    held = 2 * tokens * dims.hidden * size + chunk * words * logit_bytes(config)
+    if trains:
+        sums = FP32 if config.engine.head_grad_fp32 else size
+        held += tokens * dims.hidden * size + words * dims.hidden * sums
+    return math.ceil(held)
 
 
 def _scalar_head(config: Config, dims: Dims, last: bool) -> int:

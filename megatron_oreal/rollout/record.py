@@ -34,6 +34,8 @@ class RecordHeader(msgspec.Struct, frozen=True):
         samples: responses of each group.
         vocabulary: digest of the tokenizer's.
         sampled_by: digest of what else decided which groups came, empty where nobody asks.
+        temperature: of the samples; 0 where an older record does not say.
+        top_p: likewise.
     """
 
     format: int
@@ -43,6 +45,8 @@ class RecordHeader(msgspec.Struct, frozen=True):
     samples: int
     vocabulary: str
     sampled_by: str = ""
+    temperature: float = 0.0
+    top_p: float = 0.0
 
 
 def record_path(folder: Path, iteration: int) -> Path:

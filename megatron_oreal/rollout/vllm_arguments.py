@@ -14,6 +14,7 @@ from megatron_oreal.rollout.vllm_served import QUALIFIED_NAME
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import Config, Precision, RolloutConfig
 
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 DTYPES: dict[Precision, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 
 _GIB = 1 << 30
@@ -26,6 +27,7 @@ def engine_arguments(
     config: RolloutConfig,
     precision: Precision,
     max_total_tokens: int,
+    logprobs_mode: LogprobsMode,
     *,
     kv_cache_bytes: int | None = None,
 ) -> dict[str, Any]:
@@ -54,18 +56,31 @@ def engine_arguments(
         "quantization": None if config.quantization == "none" else config.quantization,
         "enforce_eager": config.enforce_eager,
         "enable_prefix_caching": True,
-        "logprobs_mode": "raw_logprobs",
+        "logprobs_mode": logprobs_mode,
         "generation_config": "vllm",  # or the model's own sampling defaults and end tokens come in
         "disable_log_stats": True,
         "seed": 0,
     }
 
 
+def logprobs_mode(config: Config) -> LogprobsMode:
+    """Returns which log-probabilities a run wants; pure.
+
+    Raw ones are the model's own, which the policy is compared with. Importance weights ask for
+    those of the distribution that is sampled from; validation sees to it that the two are one.
+    """
+    return "raw_logprobs" if config.oreal.importance.level == "none" else "processed_logprobs"
+
+
 def server_command(config: Config, address: str, port: int) -> list[str]:
     """Returns the command that starts a rollout server for this config; pure."""
     transfer = TRANSFERS[config.rollout.server_transfer]
     arguments = engine_arguments(
-        config.model.path, config.rollout, config.model.precision, config.sampling.max_total_tokens
+        config.model.path,
+        config.rollout,
+        config.model.precision,
+        config.sampling.max_total_tokens,
+        logprobs_mode(config),
     ) | {
         "worker_extension_cls": QUALIFIED_NAME,
         "weight_transfer_config": json.dumps({"backend": transfer}),

@@ -4,7 +4,8 @@
    step because they add the same requests in the same order, each with its own seed, and nothing is
    aborted or timed.
 2. Token ids go in and come out; the caller's tokenizer decodes them, vLLM loads none.
-3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p.
+3. Log-probabilities are raw: of the model's own distribution, before temperature and top-p; or, for
+   importance weights, of the one that is sampled from.
 4. Asleep, at vLLM's level 2, weights and cache give up their memory and their content; addresses
    stay. On a CPU vLLM's scheduler alone sleeps: the order of the steps is the same.
 """
@@ -31,7 +32,7 @@ from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
-from megatron_oreal.rollout.vllm_arguments import engine_arguments
+from megatron_oreal.rollout.vllm_arguments import LogprobsMode, engine_arguments
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.vllm_layout import LiveShard
@@ -63,6 +64,7 @@ class VllmInProcess:
         max_total_tokens: int,
         stop_token_id: int,
         decode: Callable[[Sequence[int]], str],
+        logprobs_mode: LogprobsMode = "raw_logprobs",
         weights: bool = True,
         kv_cache_bytes: int | None = None,
         verbose: bool = False,
@@ -76,6 +78,7 @@ class VllmInProcess:
             max_total_tokens: the longest prompt and response together that will be asked for.
             stop_token_id: the only token that ends a response.
             decode: response ids -> text, without special tokens.
+            logprobs_mode: of which distribution log-probabilities are, as vLLM calls it.
             weights: reads those of `model_path`; without, the engine waits for the first push.
             kv_cache_bytes: of this rank's cache; None: see `vllm_arguments.engine_arguments`.
             verbose: lets vLLM log.
@@ -95,7 +98,12 @@ class VllmInProcess:
         self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
         self._stop_token_id, self._decode = stop_token_id, decode
         arguments = engine_arguments(
-            model_path, config, precision, max_total_tokens, kv_cache_bytes=kv_cache_bytes
+            model_path,
+            config,
+            precision,
+            max_total_tokens,
+            logprobs_mode,
+            kv_cache_bytes=kv_cache_bytes,
         )
         arguments["enable_sleep_mode"] = config.sleep and has_gpu()
         if not weights and config.quantization == "none" and config.kv_cache_dtype == "auto":

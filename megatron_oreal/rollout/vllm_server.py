@@ -43,7 +43,7 @@ from megatron_oreal.rollout.server_client import (
 )
 from megatron_oreal.rollout.server_link import Fleet, GlooLink, Link
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
-from megatron_oreal.rollout.vllm_arguments import DTYPES
+from megatron_oreal.rollout.vllm_arguments import DTYPES, LogprobsMode
 from megatron_oreal.rollout.vllm_plugin import TRANSFERS
 from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.plan import TensorSpec
@@ -78,6 +78,7 @@ class VllmServer:
         max_total_tokens: int,
         stop_token_id: int,
         decode: Callable[[Sequence[int]], str],
+        logprobs_mode: LogprobsMode = "raw_logprobs",
     ) -> None:
         """Waits for the servers and checks what they serve; collective over the world.
 
@@ -88,6 +89,7 @@ class VllmServer:
             max_total_tokens: the longest prompt and response together that will be asked for.
             stop_token_id: the only token that ends a response.
             decode: response ids -> text, without special tokens.
+            logprobs_mode: of which distribution log-probabilities are, as vLLM calls it.
 
         Raises:
             UserError: On every rank: a server does not answer, or serves something else.
@@ -99,7 +101,8 @@ class VllmServer:
         family, dims = read_model(model_path)
         dtype = getattr(torch, DTYPES[precision])
         self._tensors = [TensorSpec(n, shape, dtype) for n, shape in family.tensors(dims).items()]
-        self._config, self._wanted = config, _wanted(model_path, precision, config)
+        self._config = config
+        self._wanted = _wanted(model_path, precision, config, logprobs_mode)
         self._link: Link | None = None
         self._lives: list[list[str]] = []
         self._lost = ""
@@ -323,12 +326,14 @@ def _require(server: Server, key: str, found: Any, wanted: Any, ok: bool) -> Non
         )
 
 
-def _wanted(model_path: str, precision: Precision, config: RolloutConfig) -> dict[str, Any]:
+def _wanted(
+    model_path: str, precision: Precision, config: RolloutConfig, logprobs_mode: LogprobsMode
+) -> dict[str, Any]:
     model = read_config_json(model_path)
     return {
         **{f"model.{key}": model[key] for key in _MODEL_KEYS if key in model},
         "dtype": DTYPES[precision],
-        "logprobs_mode": "raw_logprobs",
+        "logprobs_mode": logprobs_mode,
         "chunked_prefill": False,
         "weight_transfer": TRANSFERS[config.server_transfer],
     }

@@ -250,6 +250,11 @@ class RecordedGroups:
         if header.vocabulary != expected.vocabulary:
             why = "recorded with another tokenizer than that of model.path"
             raise self._refusal(iteration, f"{why}; name a model that has it")
+        level = self.config.oreal.importance.level
+        if level != "none" and not header.temperature == header.top_p == 1:
+            why = f"oreal.importance.level={level} weighs samples of temperature and top_p 1"
+            found = f"these have {header.temperature:g} and {header.top_p:g}"
+            raise self._refusal(iteration, f"{why}, {found}; record again, or set level=none")
         if header.iteration != iteration:
             raise self._refusal(iteration, f"is of iteration {header.iteration}; put it back")
 
@@ -279,6 +284,8 @@ def expected_header(config: Config, vocabulary: str, iteration: int) -> RecordHe
         questions=config.data.questions_per_iteration,
         samples=config.sampling.samples_per_question,
         vocabulary=vocabulary,
+        temperature=config.sampling.temperature,
+        top_p=config.sampling.top_p,
     )
 
 

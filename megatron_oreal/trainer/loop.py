@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from megatron_oreal.algorithm import objectives, selection, shaping
+from megatron_oreal.algorithm import importance, objectives, selection, shaping
 from megatron_oreal.algorithm.schedule import policy_is_frozen
 from megatron_oreal.algorithm.token_weights import token_weights, uniform_weights
 from megatron_oreal.config.schema import Config
@@ -112,6 +113,7 @@ class OrealLoop:
             reference = self.reference.logprobs(batch, advance).logprobs
         trajectories = batch.trajectories
         batch = batch.with_fields(**objectives.policy_fields(trajectories, weights, reference))
+        batch = self._correct(batch)
         objective = objectives.policy_objective(
             self.config.oreal, *objectives.count_tokens(trajectories)
         )
@@ -130,6 +132,21 @@ class OrealLoop:
             self.push_weights()
         self.wake_engines()
         return batch.with_fields(logprobs=step.logprobs, entropy=step.entropy)
+
+    def _correct(self, batch: PackedBatch) -> PackedBatch:
+        """Adds importance weights from a forward of the policy as it sampled; none while off.
+
+        A pass of its own: a response's ratio is known only after its last token.
+        """
+        cfg = self.config.oreal.importance
+        if cfg.level == "none":
+            return batch
+        with self._phase("importance", batch) as advance:
+            logprobs = self.policy.logprobs(batch, advance).logprobs
+        rollout = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
+        ratios = importance.log_ratios(logprobs, rollout)
+        self.journal.add(importance.importance_metrics(cfg, ratios))
+        return batch.with_fields(importance_weight=importance.importance_weights(cfg, ratios))
 
     def _phase(self, name: str, batch: PackedBatch) -> AbstractContextManager[Advance]:
         return self.journal.phase(name, len(batch.micro_batches[0]), "micro-batches")

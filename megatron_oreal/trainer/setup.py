@@ -25,6 +25,7 @@ from megatron_oreal.engine.roles import Policy, Reference, TokenRewardModel
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel.collectives import agree
 from megatron_oreal.rollout.engine import RolloutEngine
+from megatron_oreal.rollout.vllm_arguments import logprobs_mode
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_server import VllmServer
 from megatron_oreal.trainer.engine_memory import agree_on_cache
@@ -157,6 +158,7 @@ def start_engine(config: Config, texts: Texts, *, trains: bool = False) -> Rollo
         max_total_tokens=config.sampling.max_total_tokens,
         stop_token_id=texts.stop_id,
         decode=texts.decode,
+        logprobs_mode=logprobs_mode(config),
     )
 
 

@@ -9,6 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 from megatron_oreal.config.schema import OrealConfig, TokenWeightsConfig, VerifierConfig
+from megatron_oreal.config.schema_importance import ImportanceConfig
 from megatron_oreal.types import Outcome, Prompt, Rollout, RolloutGroup, Verdict
 
 LEVELS: dict[str, Sequence[Any]] = {
@@ -27,6 +28,13 @@ LEVELS: dict[str, Sequence[Any]] = {
     "kl": ("k1", "k2", "k3"),
     "kl_coefficient": (0.01, 0.5, 0.0),
     "positive_times_advantage": (True, False),
+    "importance": (
+        ImportanceConfig(),
+        ImportanceConfig(level="token"),
+        ImportanceConfig(level="token", cap=5.0, above_cap="mask"),
+        ImportanceConfig(level="sequence", cap=5.0),
+        ImportanceConfig(level="sequence", above_cap="mask"),
+    ),
     "factors": ((1.0, 0.5), (0.7, 0.0), (0.0, 2.0)),
     "unverified_is_incorrect": (False, True),
     "max_unverified_share": (0.1, 0.7),
@@ -122,7 +130,7 @@ def _group(name: str, letters: Sequence[str], rng: random.Random, vocab: int) ->
     return RolloutGroup(
         prompt=Prompt(name, "?", "!", tokens(5)),
         rollouts=tuple(
-            Rollout(a, tuple(-4 * rng.random() for _ in a), "", stopped=rng.random() < 0.8)
+            Rollout(a, tuple(-4 - 2 * rng.random() for _ in a), "", stopped=rng.random() < 0.8)
             for a in answers
         ),
         verdicts=tuple(Verdict(LETTERS[letter], "rule", "", None, 0.0) for letter in letters),

@@ -36,8 +36,9 @@ class Answers:
 class Result:
     """Both losses with their graphs, and every metric.
 
-    `size` is the sum of the absolute terms of the policy's loss were every weight 1: rounding of a
-    weight is relative to 1, not to the weight.
+    `size` is the sum of the absolute terms of the policy's loss were every token weight 1: rounding
+    of a token weight is relative to 1, not to the weight. Where a response is weighed by the
+    product of its ratios, the rounding of each of them counts.
     """
 
     policy_loss: Tensor
@@ -90,6 +91,9 @@ def plain_oreal(
         "negative": cfg.negative_factor * pushing / max(total_minus, 1),
         "kl": cfg.kl_coefficient * estimators[cfg.kl] * mask / (total_plus + total_minus),
     }
+    odds_of_engine = torch.where(mask, pi.detach() / answers.rollout_logprobs.exp(), 1.0)
+    importance = _importance(cfg, odds_of_engine)
+    terms["positive"], terms["negative"] = (terms[s] * importance for s in ("positive", "negative"))
     unweighed = torch.ones_like(weight)
     by_term = {"positive": weight, "negative": weight, "kl": unweighed}
     sums = {name: (term * by_term[name]).sum() for name, term in terms.items()}
@@ -108,17 +112,13 @@ def plain_oreal(
         "oreal/skipped_steps": 0.0,
     }
     metrics |= _weight_metrics(weight, mask, plus, minus)
-    error = (pi.log() - answers.rollout_logprobs)[mask]
-    metrics |= {
-        "rollout/mismatch_mean": error.abs().mean().item(),
-        "rollout/mismatch_max": error.abs().max().item(),
-        "rollout/mismatch_k3": (error.exp() - 1 - error).mean().item(),
-    }
+    metrics |= _mismatch_metrics(cfg, odds_of_engine, importance, mask)
     mean_score = (score * mask).sum(1) / mask.sum(1).clamp_min(1)
     token_rm_loss = _bce(mean_score[chosen], reward[chosen])
     if cfg.token_weights.kind != "none":
         metrics |= _token_rm_metrics(mean_score[chosen].detach(), reward[chosen] > 0)
-    size = sum(term.abs().sum().item() for term in terms.values())
+    roundings = mask.sum(1, keepdim=True) if cfg.importance.level == "sequence" else 1
+    size = sum((term.abs() * roundings).sum().item() for term in terms.values())
     return Result(torch.stack(list(sums.values())).sum(), token_rm_loss, size, metrics)
 
 
@@ -204,6 +204,40 @@ def _weights(cfg: OrealConfig, score: Tensor, mask: Tensor, plus: Tensor) -> Ten
             ratio = chosen.ratio_pos if positive else chosen.ratio_neg
             table[row, where] = _largest(v, max(1, int(len(v) * ratio)))
     return table
+
+
+def _importance(cfg: OrealConfig, odds: Tensor) -> Tensor:
+    """Weight of each place, `[b, t]`, from policy over engine probability, 1 where none is."""
+    if cfg.importance.level == "none":
+        return torch.ones_like(odds)
+    if cfg.importance.level == "sequence":
+        odds = odds.prod(1, keepdim=True).expand_as(odds)
+    allowed = odds <= cfg.importance.cap
+    beyond = {"truncate": cfg.importance.cap, "mask": 0.0}[cfg.importance.above_cap]
+    return torch.where(allowed, odds, beyond)
+
+
+def _mismatch_metrics(
+    cfg: OrealConfig, odds: Tensor, importance: Tensor, mask: Tensor
+) -> dict[str, float]:
+    own, rows = odds[mask], odds[mask.any(1)].prod(1)
+    off = sorted(own.log().abs().tolist())
+    metrics = {
+        "rollout/mismatch_mean": sum(off) / len(off),
+        "rollout/mismatch_p99": off[(len(off) - 1) * 99 // 100],
+        "rollout/mismatch_max": off[-1],
+        "rollout/mismatch_k3": (own - 1 - own.log()).mean().item(),
+    }
+    for name, v in (("token", own), ("sequence", rows)):
+        metrics[f"rollout/ess_{name}"] = (v.mean() ** 2 / (v**2).mean()).item()
+    if cfg.importance.level != "none":
+        whole = odds.prod(1, keepdim=True).expand_as(odds)[mask]
+        ratio = whole if cfg.importance.level == "sequence" else own
+        metrics["oreal/importance_mean"] = importance[mask].mean().item()
+        metrics["oreal/importance_above_cap_share"] = (
+            (ratio > cfg.importance.cap).double().mean().item()
+        )
+    return metrics
 
 
 def _largest(v: Tensor, k: int) -> Tensor:

@@ -32,6 +32,10 @@ What is marked "four" shows on the four ranks alone.
 | rloo: less the mean of all K rewards | `shaping` | losses, metrics, gradients |
 | grpo: biased standard deviation | `shaping` | losses, metrics, gradients |
 | unverified answers with a reward of 0 in the statistics | `shaping` | losses, metrics, gradients |
+| importance weights of e turned round | `importance` | losses, metrics, gradients |
+| importance weights of a sequence by the mean of e | `importance` | losses, metrics, gradients |
+| importance weights on the KL term too | `objectives` | losses, metrics, gradients |
+| the positive side without importance weights | `objectives` | losses, metrics, gradients |
 | a token counted for Megatron, which divides | `engine.megatron_model` | metrics, gradients |
 """
 

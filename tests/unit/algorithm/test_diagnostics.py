@@ -211,7 +211,12 @@ def test_mismatch_by_hand():
     assert mismatch_metrics(policy, rollout) == pytest.approx(
         {
             "rollout/mismatch_mean": 1,
+            "rollout/mismatch_p99": 1,  # of 0, 1, 2 that of rank floor(1.98)
             "rollout/mismatch_max": 2,
+            "rollout/ess_token": (1 + math.e + math.exp(-2)) ** 2
+            / (3 * (1 + math.exp(2) + math.exp(-4))),
+            "rollout/ess_sequence": (math.e + math.exp(-2)) ** 2
+            / (2 * (math.exp(2) + math.exp(-4))),
             "rollout/mismatch_k3": ((math.e - 1 - 1) + (math.exp(-2) + 2 - 1)) / 3,
         }
     )

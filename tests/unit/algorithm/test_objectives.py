@@ -19,6 +19,7 @@ from megatron_oreal.algorithm.objectives import (
     token_rm_objective,
 )
 from megatron_oreal.config.schema import OrealConfig
+from megatron_oreal.config.schema_importance import ImportanceConfig
 from tests.unit.algorithm.groups import make_trajectory
 
 CFG = OrealConfig()
@@ -80,6 +81,18 @@ def test_cloning_without_the_advantage():
     found = terms(replace(CFG, positive_times_advantage=False))
     assert found["positive"] == pytest.approx([0.25, 1, 0])
     assert found["negative"] == terms()["negative"]
+
+
+def test_importance_weighs_both_sides_and_not_the_divergence():
+    cfg = replace(CFG, importance=ImportanceConfig(level="token"))
+    logp, fields = tensors(fields={**FIELDS, "importance_weight": [0.5, 2.0, 0.75]})
+    found, plain = policy_loss_terms(cfg, 2, 1, logp, fields), terms()
+    assert found["positive"].tolist() == pytest.approx([0.375 * 0.5, 1.5 * 2, 0])
+    assert found["negative"].tolist() == pytest.approx([0, 0, 0.0625 * 0.75])
+    assert found["kl"].tolist() == plain["kl"]
+    loss = policy_objective(cfg, 2, 1)(logp, fields).sum()
+    expected = [-0.375 * 0.5, -0.75 * 2 + (1 - 2) / 300, 0.0625 * 0.75]
+    assert torch.autograd.grad(loss, logp)[0].tolist() == pytest.approx(expected)
 
 
 def test_factors_scale_their_own_term_alone():

@@ -88,7 +88,7 @@ def test_other_mathematics_are_refused_unless_allowed(change: str, old: str) -> 
 
 
 MATHEMATICS = """
-run.seed model.path model.stop_token model.precision
+run.seed model.path model.stop_token model.precision engine.head_logits_fp32 engine.head_grad_fp32
 data.system_prompt data.balance_by_pass_rate data.questions_per_iteration
 sampling.samples_per_question sampling.temperature sampling.top_p sampling.max_new_tokens
 sampling.max_total_tokens rollout.quantization rollout.kv_cache_dtype
@@ -100,6 +100,7 @@ oreal.shaping oreal.selection oreal.token_score oreal.token_weights.kind oreal.t
 oreal.token_weights.c_neg oreal.token_weights.ratio_pos oreal.token_weights.ratio_neg
 oreal.positive_factor oreal.negative_factor oreal.positive_times_advantage oreal.kl
 oreal.kl_coefficient
+oreal.importance.level oreal.importance.cap oreal.importance.above_cap
 schedule.iterations schedule.freeze_iterations schedule.warmup_iterations schedule.count
 """
 ADAM = ["lr", "min_lr", "beta1", "beta2", "eps", "weight_decay", "clip_grad"]
@@ -116,7 +117,8 @@ def test_every_key_is_known_to_change_the_mathematics_or_not() -> None:
 def test_what_fine_tuning_computes() -> None:
     sft = ["sft.epochs", "sft.sequences_per_step", "sft.warmup_steps"]
     sft += [f"sft.optimizer.{key}" for key in ADAM]
-    common = ["run.seed", "model.path", "model.stop_token", "model.precision", "data.system_prompt"]
+    common = ["run.seed", "model.path", "model.stop_token", "model.precision"]
+    common += ["engine.head_logits_fp32", "engine.head_grad_fp32", "data.system_prompt"]
     assert [key for key in config_keys() if is_mathematics(key, "sft")] == common + sft
 
 

@@ -53,6 +53,16 @@ def config(*overrides: str) -> Config:
             "sampling.temperature=0.0: draws the same response each time; set a number above 0",
         ),
         (
+            ["oreal.importance.level=token"],
+            "sampling.top_p=0.9: oreal.importance.level=token weighs samples of the policy itself; "
+            "set 1, or level=none",
+        ),
+        (
+            ["oreal.importance.level=sequence", "sampling.top_p=1", "sampling.temperature=0.6"],
+            "sampling.temperature=0.6: oreal.importance.level=sequence weighs samples of the "
+            "policy itself; set 1, or level=none",
+        ),
+        (
             ["schedule.iterations=9"],
             "schedule.freeze_iterations=10: longer than the run; "
             "set schedule.iterations (9) or less",

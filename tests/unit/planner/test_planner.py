@@ -85,9 +85,11 @@ def test_memory_of_the_7b_recipe_by_hand() -> None:
     # again. The last norm keeps 2 h / 4.
     kept = (4 * 3584 + 3 * (3584 + 512)) // 4 + 4 * 128
     assert parts["activations"] == 16_384 * 2 * (28 * kept + 2 * 3584 // 4)
-    # Hidden states twice, 14 bytes a logit of a chunk, the output's gradient in fp32 and bf16.
+    # Hidden states twice and their gradient, the logits of a chunk, the output's gradient in fp32.
     output = 152_064 // 4
-    assert parts["head"] == 16_384 * 2 * 2 * 3584 + 14 * 512 * output + 6 * output * 3584
+    chunk = (448 << 20) // (2 * output)
+    assert chunk == 6178
+    assert parts["head"] == 16_384 * 3 * 2 * 3584 + chunk * 2 * output + 4 * output * 3584
     # The layer at work computes 5 f / 4 again and has gradients of 2 (f + h) / 4, two whole hidden
     # states, and the gradient of its largest matrix, 2 f h / 4.
     at_work = 16_384 * 2 * (7 * 18_944 // 4 + 2 * 3584 // 4 + 2 * 3584) + 2 * 18_944 * 3584 // 4 * 2

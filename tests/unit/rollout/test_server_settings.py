@@ -27,6 +27,12 @@ def test_a_server_is_started_as_the_engine_in_a_rank_is():
         assert flag in text
 
 
+def test_importance_weights_ask_for_the_distribution_that_is_sampled_from():
+    settings = ["model.path=m", "sampling.top_p=1", "oreal.importance.level=token"]
+    command = server_command(load_config([], settings, optional=("data.path",)), "127.0.0.1", 1)
+    assert "--logprobs-mode processed_logprobs" in " ".join(command)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

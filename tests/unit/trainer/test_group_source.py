@@ -13,11 +13,13 @@ from megatron_oreal.config.schema import (
     Config,
     DataConfig,
     MonitorConfig,
+    OrealConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
     ScheduleConfig,
 )
+from megatron_oreal.config.schema_importance import ImportanceConfig
 from megatron_oreal.rollout.record import record_path, write_groups
 from megatron_oreal.trainer.group_source import RecordedGroups, expected_header
 from megatron_oreal.trainer.journal import Journal
@@ -105,6 +107,18 @@ def test_other_settings_are_named(opened, recorded: Path, config: Config, name: 
     section, key, value, named = OTHERWISE[name]
     other = replace(config, **{section: replace(getattr(config, section), **{key: value})})
     assert named in refusal(lambda: opened(other).check(0))
+
+
+def test_importance_weights_need_samples_of_the_policy_itself(
+    opened, recorded: Path, config: Config
+) -> None:
+    oreal = OrealConfig(importance=ImportanceConfig(level="token"))
+    weighing = replace(config, oreal=oreal, sampling=replace(config.sampling, top_p=1.0))
+    named = "oreal.importance.level=token weighs samples of temperature and top_p 1, these have 1"
+    assert f"{named} and 0.9; record again" in refusal(lambda: opened(weighing).check(0))
+    for iteration in range(ITERATIONS):
+        write_groups(recorded, expected_header(weighing, VOCABULARY, iteration), GROUPS)
+    opened(weighing).check(0)
 
 
 def test_another_tokenizer_and_other_questions_are_named(opened, recorded: Path) -> None:
