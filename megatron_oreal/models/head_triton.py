@@ -11,8 +11,8 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from megatron_oreal.models.head_passes import FLOOR, Passes
 
-_BLOCK = 8192  # logits of a row at a time
-_WARPS = 16
+_BLOCK = 4096  # logits of a row at a time
+_WARPS = 8
 
 
 @triton.jit
