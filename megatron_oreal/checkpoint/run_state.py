@@ -49,6 +49,7 @@ _HARMLESS = frozenset(
         *("alarms.min_pass_rate", "alarms.min_entropy", "alarms.max_mismatch", "alarms.iterations"),
         *("alarms.on_pass_rate", "alarms.on_entropy", "alarms.on_mismatch"),
         *("alarms.min_engine_share", "alarms.on_engine_logprobs"),
+        *("alarms.max_memory_share", "alarms.on_memory"),
         *("watchdog.start_s", "watchdog.generate_s", "watchdog.verify_s", "watchdog.train_s"),
         *("watchdog.sync_s", "watchdog.save_s", "watchdog.evaluate_s", "watchdog.between_s"),
         *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"),

@@ -18,17 +18,19 @@ class AlarmsConfig:
     min_entropy: float = 0.01
     max_mismatch: float = 0.1
     min_engine_share: float = 0.5
+    max_memory_share: float = 1.1
     iterations: int = 3
     on_pass_rate: AlarmAction = "alarm"
     on_entropy: AlarmAction = "alarm"
     on_mismatch: AlarmAction = "alarm"
     on_engine_logprobs: AlarmAction = "skip"
+    on_memory: Literal["alarm", "stop"] = "alarm"
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         share(self, "min_pass_rate")
         share(self, "min_engine_share")
-        at_least(self, 0, "min_entropy", "max_mismatch")
+        at_least(self, 0, "min_entropy", "max_mismatch", "max_memory_share")
         at_least(self, 1, "iterations")
 
 

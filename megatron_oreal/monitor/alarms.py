@@ -10,6 +10,7 @@ or ends with it, leaves no `ended`. A resumed run drops the lines of iterations 
 | `entropy` | `oreal/entropy`, nats | below `alarms.min_entropy`, likewise |
 | `mismatch` | `rollout/mismatch_mean`, nats | above `alarms.max_mismatch`, likewise |
 | `straggler` | `throughput/slowest_engine_share` | below `alarms.min_engine_share`, likewise |
+| `memory` | `memory/share_of_plan` | above `alarms.max_memory_share`, at the first |
 | `engine_logprobs` | answers with a log-probability that is not finite | at the first |
 | `not_finite` | models whose step was refused for a number that was not finite | at the first |
 | `unverified` | `rollout/unverified_share` | above `verifier.unverified_alarm_share`, at once |
@@ -143,6 +144,10 @@ def rules_of(config: Config) -> list[Rule]:
         key, bound, row = "alarms.min_engine_share", settings.min_engine_share, settings.iterations
         advice = "throughput/slowest_engine_rank keeps all waiting: look at its device and node"
         rules.append(Rule("straggler", key, bound, False, row, "alarm", advice))
+    if settings.max_memory_share:
+        advice = "memory/<phase>_used_gib says which phase, `plan --calibrate` what it was given"
+        key, bound, on = "alarms.max_memory_share", settings.max_memory_share, settings.on_memory
+        rules.append(Rule("memory", key, bound, True, 1, on, advice))
     advice = "the engine samples from broken weights or kernels: run check-sync on the checkpoint"
     on = settings.on_engine_logprobs
     key = "alarms.on_engine_logprobs"

@@ -72,6 +72,26 @@ class Memory:
         return sum(self.phases[phase].values())
 
 
+def planned_phases(memory: Memory, *, sleeps: bool) -> dict[str, int]:
+    """Returns the most that a device may hold at the end of each phase that a run names; pure.
+
+    Phases that train follow each other without giving memory back: each may leave the most of all.
+    A sync ends with the engine awake.
+    """
+    trains = max(
+        memory.total(phase) for phase in memory.phases if phase not in ("generate", "sync")
+    )
+    awake = max(memory.total("generate"), memory.total("sync"))
+    rests = {part: size for part, size in memory.phases["sync"].items() if part != "staging"}
+    if sleeps:
+        del rests["engine weights"]
+    return {
+        **dict.fromkeys(("generate", "evaluate", "sync"), awake),
+        **dict.fromkeys(("check", "token_rm", "reference", "importance", "policy"), trains),
+        "sleep": sum(rests.values()),
+    }
+
+
 def plan_memory(config: Config, dims: Dims, cluster: Cluster) -> Memory:
     """Returns the memory of the pipeline stage that needs the most; pure.
 

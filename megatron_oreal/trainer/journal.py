@@ -15,6 +15,7 @@ from megatron_oreal.checkpoint.checkpointer import Resumed
 from megatron_oreal.config.load import resolve_config_yaml
 from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.roles import PolicyStep, TokenRewardStep
+from megatron_oreal.monitor.device_memory import DeviceMemory
 from megatron_oreal.monitor.metrics import Kind
 from megatron_oreal.monitor.profile import IterationProfile, memory_metrics
 from megatron_oreal.monitor.progress import Progress
@@ -74,6 +75,7 @@ class Journal:
         ranks = self.folder.ranks
         self.watchdog = Watchdog(ranks, world_rank(), world_size(), config.watchdog)
         self._profile: IterationProfile | None = None
+        self.device_memory: DeviceMemory | None = None
         if resumed:
             for remark in resumed.remarks:
                 self.say(remark)
@@ -92,6 +94,8 @@ class Journal:
         profile = self._profile.phase(name) if self._profile else contextlib.nullcontext()
         with self.watchdog.phase(name), self._timers.phase(name), profile, bar as advance:
             yield advance
+        if self.device_memory:
+            self.device_memory.left(name)
 
     @contextlib.contextmanager
     def profiled(self, iteration: int) -> Iterator[None]:
@@ -172,8 +176,14 @@ class Journal:
         self.add(diagnostics.step_metrics("oreal", step.grad_norm, rate))
 
     def iteration(self, iteration: int, **counts: int) -> None:
-        """Records what an iteration came to; see `diagnostics.iteration_metrics`."""
+        """Records what an iteration came to; collective over the world where devices are watched.
+
+        See `diagnostics.iteration_metrics`.
+        """
         self.add(diagnostics.iteration_metrics(self.config.schedule, iteration, **counts))
+        if self.device_memory:
+            shares = all_gather_bytes(str(self.device_memory.share_of_plan).encode())
+            self.add({"memory/share_of_plan": max(map(float, shares))})
 
     def start(
         self, policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], mismatch: float
@@ -191,6 +201,8 @@ class Journal:
         seconds = self._timers.end_iteration()
         if kind == "train":
             seconds |= {"time/iteration_s": sum(seconds.values())} | memory_metrics()
+        if self.device_memory:
+            seconds |= self.device_memory.end_iteration()
         self._sinks.write(iteration, self._metrics | seconds, kind)
         self._metrics = {}
         if kind == "train":

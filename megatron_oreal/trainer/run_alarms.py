@@ -22,6 +22,7 @@ _METRICS = {
     "mismatch": "rollout/mismatch_mean",
     "unverified": "rollout/unverified_share",
     "straggler": "throughput/slowest_engine_share",
+    "memory": "memory/share_of_plan",
 }
 
 

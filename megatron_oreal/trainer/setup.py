@@ -28,7 +28,7 @@ from megatron_oreal.rollout.engine import RolloutEngine
 from megatron_oreal.rollout.vllm_arguments import logprobs_mode
 from megatron_oreal.rollout.vllm_inprocess import VllmInProcess
 from megatron_oreal.rollout.vllm_server import VllmServer
-from megatron_oreal.trainer.engine_memory import agree_on_cache
+from megatron_oreal.trainer.engine_memory import agree_on_cache, watch_memory
 from megatron_oreal.trainer.evaluation import EvaluationResult, Evaluator
 from megatron_oreal.trainer.exporter import Exporter
 from megatron_oreal.trainer.group_source import GroupSource, RecordedGroups, SampledGroups
@@ -184,6 +184,7 @@ def training_run(config: Config) -> Iterator[TrainingRun]:
         with journal.watchdog.first_error_only(), journal.phase("start"):
             models = _build_models(source, start.resumed)
             weights = source.weights_digest(models.policy)
+            watch_memory(config, journal)
             opening = open_engines(config, texts, journal, weights)
             engines = None if config.rollout.replay else stack.enter_context(opening)
             answers = engines.source if engines else recorded

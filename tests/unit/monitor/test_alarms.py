@@ -78,6 +78,7 @@ def test_the_rules_of_a_config() -> None:
         min_entropy=0,
         max_mismatch=0,
         min_engine_share=0,
+        max_memory_share=0,
         on_engine_logprobs="stop",
     )
     rules = {rule.kind: rule for rule in rules_of(Config(alarms=silent))}
@@ -94,6 +95,10 @@ def test_the_rules_of_a_config() -> None:
     straggler = rules["straggler"]
     assert (straggler.bound, straggler.above, straggler.iterations) == (0.5, False, 4)
     assert straggler.action == "alarm"
+    memory = rules_of(Config(alarms=AlarmsConfig(on_memory="stop")))
+    (memory,) = (rule for rule in memory if rule.kind == "memory")
+    assert (memory.bound, memory.above, memory.iterations) == (1.1, True, 1)
+    assert memory.action == "stop"
 
 
 def test_what_the_console_says() -> None:

@@ -12,7 +12,7 @@ from megatron_oreal.config.schema import Config
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.planner.engine_memory import KEPT_BACK, FreeMemory, cache_bytes, check_fp8
 from megatron_oreal.planner.hardware import GIB, GPUS, Cluster
-from megatron_oreal.planner.memory import engine_parts, kv_bytes, plan_memory
+from megatron_oreal.planner.memory import engine_parts, kv_bytes, plan_memory, planned_phases
 
 ROOT = Path(__file__).parents[3]
 _, QWEN_7B = read_model(ROOT / "configs/models/qwen2.5-7b")
@@ -111,3 +111,15 @@ def test_fp8_on_a_device_without_it_is_refused(settings, capability, message):
 def test_fp8_where_it_is_or_is_not_asked_for():
     check_fp8(config_of("rollout.quantization=fp8", "rollout.kv_cache_dtype=fp8"), "H100", (9, 0))
     check_fp8(config_of(), "a CPU", None)
+
+
+def test_the_end_of_a_phase_may_show_the_most_of_those_since_the_engines_slept():
+    memory = plan_memory(config_of(), QWEN_7B, A100)
+    planned = planned_phases(memory, sleeps=True)
+    trains = max(memory.total("reference"), memory.total("token_rm"), memory.total("policy"))
+    assert planned["reference"] == planned["policy"] == trains
+    assert planned["generate"] == planned["sync"] == memory.total("generate")
+    kept = ("weights", "gradients", "optimizer", "reserve", "CUDA graphs")
+    assert planned["sleep"] == sum(memory.phases["policy"][part] for part in kept)
+    awake = plan_memory(config_of("rollout.sleep=false"), QWEN_7B, A100)
+    assert planned_phases(awake, sleeps=False)["sleep"] == awake.total("generate")
