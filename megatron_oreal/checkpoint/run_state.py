@@ -24,8 +24,11 @@ _HARMLESS = frozenset(
         *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"),
         *("parallel.first_stage_layers", "parallel.last_stage_layers"),
         *("parallel.sequence_parallel", "parallel.distributed_optimizer"),
+        *("parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
+        "parallel.bucket_parameters",
         *("engine.tokens_per_micro_batch", "engine.pad_to_budget", "engine.recompute"),
         *("engine.head_chunk_tokens", "engine.max_skipped_steps"),
+        *("offload.optimizer", "offload.gradients", "offload.reference", "offload.token_rm"),
         # The sampler knows its questions by themselves.
         *("data.path", "data.columns.question", "data.columns.gold_answer", "data.columns.id"),
         *("data.columns.pass_rate", "data.columns.data_source"),
@@ -63,6 +66,7 @@ _UNUSED: dict[Command, tuple[str, ...]] = {
     "sft": (
         *("data.questions_per_iteration", "data.balance_by_pass_rate", "sampling.", "rollout."),
         *("verifier.", "judge.", "oreal.", "schedule.", "policy_optimizer.", "token_rm_optimizer."),
+        *("fp8.reference.", "fp8.token_rm."),
         # The progress of fine-tuning knows its demonstrations by themselves.
         *("sft.path", "sft.columns."),
     ),

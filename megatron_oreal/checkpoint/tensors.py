@@ -95,15 +95,16 @@ class StoredModel:
         Not collective after `prepare`.
         """
         copied, start = {}, 0
-        for name, shard in self.model.optimizer_shards().items():
-            for state, values in shard.tensors.items():
-                for region in self._owned[name]:
-                    stop = start + region.box.size
-                    copy = self._memory[start:stop].view(region.box.shape)
-                    copy.copy_(self._view(name, shard, values, region), non_blocking=True)
-                    copied[_entry(state, region)], start = copy, stop
-        if self._memory.is_pinned():
-            torch.cuda.synchronize()
+        with self.model.awake():
+            for name, shard in self.model.optimizer_shards().items():
+                for state, values in shard.tensors.items():
+                    for region in self._owned[name]:
+                        stop = start + region.box.size
+                        copy = self._memory[start:stop].view(region.box.shape)
+                        copy.copy_(self._view(name, shard, values, region), non_blocking=True)
+                        copied[_entry(state, region)], start = copy, stop
+            if self._memory.is_pinned():
+                torch.cuda.synchronize()
         return Snapshot(copied, self.model.steps_taken())
 
     def read(self, files: Sequence[Path], steps: int) -> None:
@@ -114,7 +115,7 @@ class StoredModel:
         Raises:
             ValueError: The files lack a box.
         """
-        with TensorFiles(files) as stored, torch.no_grad():
+        with TensorFiles(files) as stored, torch.no_grad(), self.model.awake():
             for name, parameter in self.model.parameters().items():
                 parameter.copy_(_assemble(stored, "weight", parameter, self._by_parameter[name]))
             self.model.set_steps_taken(steps)

@@ -20,6 +20,8 @@ from megatron_oreal.config.checks import (
 from megatron_oreal.config.schema_data import DataConfig, DemonstrationColumns, EvaluationConfig
 from megatron_oreal.config.schema_health import AlarmsConfig, WatchdogConfig
 from megatron_oreal.config.schema_importance import ImportanceConfig
+from megatron_oreal.config.schema_offload import OffloadConfig
+from megatron_oreal.config.schema_precision import Fp8Config
 
 Precision = Literal["fp32", "bf16"]
 
@@ -58,15 +60,23 @@ class ParallelConfig:
     last_stage_layers: int | None = None
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_parameters: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges of this section."""
         at_least(self, 1, "tensor", "pipeline", "virtual_pipeline", "context")
+        late, fix = self.overlap_param_gather, "has no gathers to overlap; set it to false"
+        owned = self.distributed_optimizer
+        require(owned or not late, "overlap_param_gather", late, f"a whole optimizer {fix}")
+        fix = "needs overlap_grad_reduce=true; set it, or this to false"
+        require(self.overlap_grad_reduce or not late, "overlap_param_gather", late, fix)
         stages = self.virtual_pipeline
         fix = f"there is no pipeline to interleave (parallel.pipeline={self.pipeline}); set it to 1"
         require(stages == 1 or self.pipeline > 1, "virtual_pipeline", stages, fix)
-        ends = ("first_stage_layers", "last_stage_layers")
-        at_least(self, 1, *(key for key in ends if getattr(self, key) is not None))
+        optional = ("first_stage_layers", "last_stage_layers", "bucket_parameters")
+        at_least(self, 1, *(key for key in optional if getattr(self, key) is not None))
 
 
 @dataclass(frozen=True)
@@ -363,6 +373,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from megatron_oreal.config.checks import require
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.config.schema_precision import ROLES
 from megatron_oreal.config.stages import layers_of_stages
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def check_sections(config: Config) -> None:
     _check_schedule(config)
     _check_evaluation(config)
     _check_replay(config)
+    _check_fp8(config)
     verifier = config.verifier
     require(
         verifier.wall_deadline_s >= verifier.cpu_deadline_s,
@@ -120,6 +122,7 @@ def check_model(config: Config, model: ModelSizes) -> None:
     fix = f"does not divide the {qkv_rows} rows of query, keys and values; set a divisor of it"
     require(qkv_rows % degree == 0, "parallel.tensor", degree, fix)
     _check_stages(config, model.layers)
+    _check_bf16_layers(config, model.layers)
 
 
 def _check_stages(config: Config, layers: int) -> None:
@@ -140,6 +143,25 @@ def _check_stages(config: Config, layers: int) -> None:
     for own in held:
         fix = f"does not divide the {own} layers of a pipeline rank; set a divisor of it"
         require(own % virtual == 0, "parallel.virtual_pipeline", virtual, fix)
+
+
+def _check_bf16_layers(config: Config, layers: int) -> None:
+    """Megatron-Core keeps at most one stage's layers at each end in bf16."""
+    most = layers // config.parallel.pipeline
+    for role in ROLES:
+        chosen = config.fp8.role(role)
+        for key in ("bf16_layers_at_start", "bf16_layers_at_end"):
+            fix = f"a pipeline stage has {most} of the model's {layers} layers; set {most} or fewer"
+            kept = getattr(chosen, key)
+            require(kept <= most, f"fp8.{role}.{key}", kept, fix)
+
+
+def _check_fp8(config: Config) -> None:
+    for role in ROLES:
+        recipe, precision = config.fp8.role(role).recipe, config.model.precision
+        fix = f"rounds bf16 numbers, and model.precision={precision}; set that to bf16, or this"
+        fits = recipe == "none" or precision == "bf16"
+        require(fits, f"fp8.{role}.recipe", recipe, f"{fix} to none")
 
 
 def _check_window(config: Config) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,9 +14,13 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
+from megatron_oreal.config.schema_precision import TOKEN_MULTIPLE, Role
 from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition, lay_out
+from megatron_oreal.engine.offload import all_here, free_gradients, park, stays
 from megatron_oreal.engine.optimizer import (
     build_optimizer,
+    finish_gather_of_head,
+    finish_gathers,
     gradient_norm,
     set_learning_rate,
     wrap_for_training,
@@ -25,7 +31,7 @@ from megatron_oreal.engine.optimizer_state import (
     set_steps_taken,
     steps_taken,
 )
-from megatron_oreal.models.build import HeadKind, PackedGPT, build_stages
+from megatron_oreal.models.build import PackedGPT, build_stages, head_of
 from megatron_oreal.models.family import ModelDims
 from megatron_oreal.parallel.collectives import all_reduce_sum
 from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
@@ -97,7 +103,8 @@ class StepResult(NamedTuple):
 class MegatronModel:
     """A model of one role on this rank, ready for use once `load` has filled its parameters.
 
-    With an `optimizer` configuration it can `step`; without one nothing ever changes it.
+    With an `optimizer` configuration it can `step`; without one nothing ever changes it. What
+    `offload.*` names is on the device while a method of it runs, or within `awake`.
     """
 
     def __init__(
@@ -105,18 +112,22 @@ class MegatronModel:
         dims: ModelDims,
         config: Config,
         topology: Topology,
+        role: Role,
         *,
-        head: HeadKind,
         load: Load,
         optimizer: OptimizerConfig | None,
     ) -> None:
         self.topology = topology
         self.dims = dims
-        self.head = head
-        self.stages = build_stages(dims, config, topology, head=head)
+        self.head = head_of(role)
+        self.cut = replace(
+            topology.cut, token_multiple=TOKEN_MULTIPLE[config.fp8.role(role).recipe]
+        )
+        self.stages = build_stages(dims, config, topology, role)
         budget = config.engine.tokens_per_micro_batch
         self._fill_to = budget if config.engine.pad_to_budget else 0
         self._optimizer = None
+        self._weights_here = self._gradients_here = self._optimizer_here = stays
         self.load(load)
         self._wrapped: Sequence[PackedGPT | DistributedDataParallel] = self.stages
         if optimizer is None:
@@ -124,14 +135,49 @@ class MegatronModel:
             # rounds differently, and a reference equal to the policy must score equally.
             for stage in self.stages:
                 stage.eval()
-            return
+        else:
+            self._prepare_training(config, optimizer)
+        away = {"reference": config.offload.reference, "token_rm": config.offload.token_rm}
+        self._weights_here = park(self._weights, wanted=away.get(role, False))
+
+    def _prepare_training(self, config: Config, optimizer: OptimizerConfig) -> None:
+        """Adds gradient buffers and an optimizer; collective over the world."""
         with cuda_on_cpu():
-            wrapped = [wrap_for_training(stage, config) for stage in self.stages]
+            self._wrapped = wrapped = wrap_for_training(self.stages, config)
             self._optimizer = build_optimizer(wrapped, optimizer, config)
-        self._wrapped = wrapped
         settings = self.stages[0].config  # all stages' own
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self._optimizer.scale_loss
+        self._gradients_here = free_gradients(wrapped, wanted=config.offload.gradients)
+        self._optimizer_here = park(self._optimizer_state, wanted=config.offload.optimizer)
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        return iter(self.parameters().values())
+
+    def _optimizer_state(self) -> Iterator[torch.Tensor]:
+        """The tensors that the optimizer alone has: in fp32 its weights are the model's."""
+        weights = {weight.untyped_storage()._cdata for weight in self._weights()}
+        for shard in self.optimizer_shards().values():
+            for tensor in shard.tensors.values():
+                if tensor.untyped_storage()._cdata not in weights:
+                    yield tensor
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Brings weights and optimizer to the device until the block ends; not collective."""
+        return all_here(self._weights_here, self._optimizer_here)
+
+    def settle(self) -> None:
+        """Waits until this rank has all weights of the last step; collective over data parallelism.
+
+        With `parallel.overlap_param_gather` a step leaves the others' share to the next forward
+        pass; who reads weights otherwise calls this first.
+        """
+        if self._optimizer is None:
+            return
+        with cuda_on_cpu():
+            for chunk in self._wrapped:
+                assert isinstance(chunk, DistributedDataParallel)
+                finish_gathers(chunk)
 
     def load(self, load: Load) -> None:
         """Fills the parameters; collective where `load` is.
@@ -139,10 +185,11 @@ class MegatronModel:
         An optimizer that is there already goes on from them: its weights are theirs afterwards, its
         moments stay.
         """
-        load(self._stored_in_a_checkpoint())
-        if self._optimizer is not None:
-            # It has copies of its own of bf16 parameters, and would write them back.
-            self._optimizer.reload_model_params()
+        with self.awake():
+            load(self._stored_in_a_checkpoint())
+            if self._optimizer is not None:
+                # It has copies of its own of bf16 parameters, and would write them back.
+                self._optimizer.reload_model_params()
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """This rank's live parameters by Megatron's names, layers counted over the whole model."""
@@ -171,7 +218,10 @@ class MegatronModel:
         return steps_taken(self._optimizer)
 
     def set_steps_taken(self, steps: int) -> None:
-        """Puts an optimizer that has taken none after so many steps, its moments to be filled."""
+        """Puts an optimizer that has taken none after so many steps, its moments to be filled.
+
+        To be called within `awake`.
+        """
         assert self._optimizer is not None, "a frozen model has no optimizer"
         with cuda_on_cpu():
             set_steps_taken(self._optimizer, steps)
@@ -183,7 +233,7 @@ class MegatronModel:
 
         Collective over the world. `advance` is told of this rank's micro-batches as they start.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._weights_here():
             records = self._run(batch, head, advance, forward_only=True)
         return self._spread(batch, head.names, records)
 
@@ -203,6 +253,11 @@ class MegatronModel:
         """
         assert self._optimizer is not None, "a frozen model takes no step"
         set_learning_rate(self._optimizer, learning_rate)
+        with all_here(self._weights_here, self._gradients_here):
+            return self._step(batch, head, advance, refuse)
+
+    def _step(self, batch: PackedBatch, head: Head, advance: Advance, refuse: Refuse) -> StepResult:
+        assert self._optimizer is not None
         with cuda_on_cpu():
             for stage in self._wrapped:
                 assert isinstance(stage, DistributedDataParallel)
@@ -221,7 +276,8 @@ class MegatronModel:
             wrong = not_finite(per_token, total, norms)
             refused = f"{wrong} not finite" if wrong else refuse(per_token)
             if not refused:
-                self._optimizer.step()
+                with self._optimizer_here():
+                    self._optimizer.step()
         return StepResult(per_token, total, grad_norm, refused)
 
     def _run(
@@ -231,7 +287,7 @@ class MegatronModel:
 
         Collective over the ranks that share the model; records come on its last stage.
         """
-        cut = self.topology.cut
+        cut = self.cut
         micro_batches = [
             lay_out(batch, m, cut, score_position=head.score_position, fill_to=self._fill_to)
             for m in batch.micro_batches[self.topology.dp_rank]
@@ -297,6 +353,8 @@ def _forward_step(
     hidden = model(**PackedGPT.packed_inputs(micro_batch.tokens, micro_batch.packed))
 
     def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Record]:
+        if isinstance(model, DistributedDataParallel):
+            finish_gather_of_head(model)
         result = head(hidden, micro_batch)
         # Megatron frees the tensor it gets once it has no more use for its value.
         record = _Record(result.loss.detach(), result.per_token, micro_batch.slots)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_oreal.config.schema import Config, OptimizerConfig
+from megatron_oreal.config.schema_precision import Role
 from megatron_oreal.engine.heads import (
     LogprobHead,
     SequenceObjective,
@@ -50,11 +51,12 @@ class TokenRewardStep(NamedTuple):
 class Reference:
     """The frozen starting point; its log-probabilities anchor the KL term."""
 
+    _role: Role = "reference"
     _trainable: OptimizerConfig | None = None
 
     def __init__(self, dims: ModelDims, config: Config, topology: Topology, load: Load) -> None:
         self.model = MegatronModel(
-            dims, config, topology, head="vocab", load=load, optimizer=self._trainable
+            dims, config, topology, self._role, load=load, optimizer=self._trainable
         )
         settings = head_settings(config, math.ceil(dims.vocab / topology.tp_size))
         self._head = LogprobHead(self.model.stages[-1], topology, dims.vocab, settings)
@@ -67,6 +69,8 @@ class Reference:
 
 class Policy(Reference):
     """The model that OREAL, or supervised fine-tuning, improves."""
+
+    _role: Role = "policy"
 
     def __init__(
         self,
@@ -86,10 +90,17 @@ class Policy(Reference):
         learning_rate: float,
         advance: Advance = advance_nothing,
         refuse: Refuse = refuse_nothing,
+        *,
+        settle: bool = True,
     ) -> PolicyStep:
-        """Takes one step down the objective of every response token; collective over the world."""
+        """Takes one step down the objective of every response token; collective over the world.
+
+        `settle` false: whoever reads the weights before the next step calls `model.settle` first.
+        """
         head = replace(self._head, objective=objective)
         result = self.model.step(batch, head, learning_rate, advance, refuse)
+        if settle:
+            self.model.settle()
         values = result.per_token
         return PolicyStep(
             values["logprobs"],
@@ -105,7 +116,7 @@ class TokenRewardModel:
 
     def __init__(self, dims: ModelDims, config: Config, topology: Topology, load: Load) -> None:
         self.model = MegatronModel(
-            dims, config, topology, head="scalar", load=load, optimizer=config.token_rm_optimizer
+            dims, config, topology, "token_rm", load=load, optimizer=config.token_rm_optimizer
         )
         self._head = TokenScoreHead(self.model.stages[-1], topology, config.oreal.token_score)
 

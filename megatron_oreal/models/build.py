@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the name the field uses
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
@@ -17,19 +16,21 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_oreal.config.schema import Config, Precision
+from megatron_oreal.config.schema import Config
+from megatron_oreal.config.schema_precision import Role
 from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.heads import OutputRows, ScalarHead
+from megatron_oreal.models.kernels import kernels_here
 from megatron_oreal.models.layer_spec import layer_spec
+from megatron_oreal.models.settings import transformer_config
 from megatron_oreal.parallel.context import round_up
 from megatron_oreal.parallel.cuda_on_cpu import compute_device, cuda_on_cpu
 from megatron_oreal.parallel.topology import Topology
 
 HeadKind = Literal["vocab", "scalar"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_HEADS: dict[Role, HeadKind] = {"policy": "vocab", "reference": "vocab", "token_rm": "scalar"}
 
 
 class PackedGPT(GPTModel):
@@ -84,90 +85,23 @@ class PackedGPT(GPTModel):
         return copy_to_tensor_model_parallel_region(hidden).squeeze(1)
 
 
-# Megatron's own choice of a part, core attention, would save nothing: flash attention keeps no
-# scores.
-_RECOMPUTATION: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
-
-
-def transformer_config(dims: ModelDims, config: Config) -> TransformerConfig:
-    """Returns Megatron's configuration of these dimensions under the layout of a run."""
-    parallel, engine = config.parallel, config.engine
-    dtype = DTYPES[config.model.precision]
-    interleaved = parallel.virtual_pipeline > 1
-    on_cpu = compute_device().type == "cpu"
-    return TransformerConfig(
-        num_layers=dims.layers,
-        hidden_size=dims.hidden,
-        num_attention_heads=dims.heads,
-        num_query_groups=dims.kv_heads,
-        kv_channels=dims.head_dim,
-        ffn_hidden_size=dims.ffn,
-        layernorm_epsilon=dims.norm_eps,
-        add_qkv_bias=dims.qkv_bias,
-        qk_layernorm=dims.qk_norm,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        # Interleaved, two stages send both ways at a time: only with a request each do they know
-        # what is what.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
-        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=config.model.precision == "bf16",
-        # Packed micro-batches differ in length.
-        variable_seq_lengths=parallel.pipeline > 1 and not engine.pad_to_budget,
-        # Dense models have no experts, yet the default dispatcher is refused with varying lengths.
-        moe_token_dispatcher_type="alltoall",
-        calculate_per_token_loss=True,  # Megatron adds up, the objective divides
-        use_cpu_initialization=on_cpu,
-        perform_initialization=False,  # every weight comes from a checkpoint
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        # Interleaved, outputs are freed while they are being sent. Streams make that safe; gloo
-        # reads the memory only once the receiver asks.
-        deallocate_pipeline_outputs=parallel.pipeline > 1 and not on_cpu,
-        **_RECOMPUTATION[engine.recompute],
-    )
-
-
 def build_stages(
-    dims: ModelDims, config: Config, topology: Topology, *, head: HeadKind
+    dims: ModelDims, config: Config, topology: Topology, role: Role
 ) -> list[PackedGPT]:
     """Builds this rank's virtual stages of a model, their weights not yet loaded; not collective.
 
-    They share one Megatron configuration. The scalar head is drawn from `run.seed`. The vocabulary
-    is padded to a multiple of the tensor-parallel size.
+    They share one Megatron configuration, the role's own. The scalar head is drawn from `run.seed`.
+    The vocabulary is padded to a multiple of the tensor-parallel size.
     """
-    settings = transformer_config(dims, config)
+    kernels, head = kernels_here(), head_of(role)
+    settings = transformer_config(dims, config, role, kernels)
     stages = []
     for stage in range(topology.vpp_size):
         vp_stage = stage if topology.vpp_size > 1 else None
         with cuda_on_cpu():
             model = PackedGPT(
                 settings,
-                layer_spec(settings, vp_stage),
+                layer_spec(settings, vp_stage, kernels),
                 vocab_size=round_up(dims.vocab, topology.tp_size),
                 max_sequence_length=dims.max_positions,
                 pre_process=topology.has_embedding(stage),
@@ -184,8 +118,22 @@ def build_stages(
                 scores = ScalarHead(settings, config.run.seed) if head == "scalar" else None
                 rows = OutputRows(model.output_layer.weight)
                 model.register_module("output_layer", scores or rows)
+            _check_parameters(model)
             stages.append(model.to(compute_device()))
     return stages
+
+
+def head_of(role: Role) -> HeadKind:
+    """Returns what stands on a model's last hidden states."""
+    return _HEADS[role]
+
+
+def _check_parameters(model: PackedGPT) -> None:
+    """Sees that all are plain tensors of one precision: checkpoints and engines are written so."""
+    for name, parameter in model.named_parameters():
+        kind, dtype = type(parameter), parameter.dtype
+        plain = kind is torch.nn.Parameter and dtype == model.config.params_dtype
+        assert plain, f"{name} is a {kind.__name__} of {dtype}, not of {model.config.params_dtype}"
 
 
 def _mark_shards(model: PackedGPT) -> None:

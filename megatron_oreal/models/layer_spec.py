@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from megatron_oreal.models.attention_cpu import PackedCoreAttention
-from megatron_oreal.parallel.cuda_on_cpu import has_gpu
+from megatron_oreal.models.kernels import Kernels
 
 
 class RMSNorm(torch.nn.Module):
@@ -42,14 +41,9 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 
-def transformer_engine_runs() -> bool:
-    """Whether layers are Transformer Engine's: it is installed and there is a GPU."""
-    return has_gpu() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def layer_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, vp_stage: int | None, kernels: Kernels) -> ModuleSpec:
     """Returns what `GPTModel` builds its layers of on this virtual pipeline stage, if any."""
-    if transformer_engine_runs():
+    if kernels.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts: Any = layer.submodules  # Megatron types a spec's submodules as objects

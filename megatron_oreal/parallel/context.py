@@ -17,11 +17,15 @@ import torch
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """This rank's part of packed sequences, and the multiples that their lengths must be."""
+    """This rank's part of packed sequences, and the multiples that their lengths must be.
+
+    `token_multiple` is what the tokens of one rank are a multiple of: FP8's products ask for it.
+    """
 
     tp_size: int = 1
     cp_size: int = 1
     cp_rank: int = 0
+    token_multiple: int = 1
 
     @property
     def sequence_multiple(self) -> int:
@@ -31,7 +35,8 @@ class SequenceCut:
     @property
     def total_multiple(self) -> int:
         """What all sequences together are a multiple of: tensor-parallel ranks share them, too."""
-        return self.cp_size * math.lcm(self.sequence_multiple // self.cp_size, self.tp_size)
+        each = self.tp_size * self.token_multiple
+        return self.cp_size * math.lcm(self.sequence_multiple // self.cp_size, each)
 
     def chunks(self, length: int) -> tuple[tuple[int, int], ...]:
         """Returns start and end of the chunks of one sequence that this rank holds, in order."""

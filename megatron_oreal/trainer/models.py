@@ -12,11 +12,13 @@ import msgspec
 import torch
 
 from megatron_oreal.checkpoint.tensors import StoredModel
+from megatron_oreal.config.device import check_device
 from megatron_oreal.config.schema import Config
 from megatron_oreal.config.validate import check_layout, check_model
 from megatron_oreal.engine.megatron_model import Load, MegatronModel
 from megatron_oreal.engine.roles import Policy
 from megatron_oreal.models.family import Family, ModelDims
+from megatron_oreal.models.kernels import device_here
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.parallel import topology
 from megatron_oreal.parallel.collectives import agree, world_rank, world_size
@@ -105,6 +107,7 @@ class ModelSource:
 
         With `replace` one of that name goes first: a resumed run may have got further before.
         """
+        policy.model.settle()
         if replace and world_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         export_hf(
@@ -127,6 +130,7 @@ def open_source(config: Config) -> ModelSource:
     with agree():
         family, dims = read_model(config.model.path)
         check_model(config, dims)
+        check_device(config, dims, device_here())
     layout = config.parallel
     place = topology.initialize(
         layout.tensor,

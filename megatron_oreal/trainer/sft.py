@@ -59,7 +59,9 @@ class FineTuning:
         tokens = sum(trajectory.response_length for trajectory in trajectories)
         self.journal.watchdog.begin(number)
         with self.journal.phase("sft"):
-            step = self.policy.step(packer.pack(trajectories), sft_objective(tokens), rate)
+            step = self.policy.step(
+                packer.pack(trajectories), sft_objective(tokens), rate, settle=False
+            )
         self.skipped.took("policy", step)
         self.journal.add(
             {

@@ -89,6 +89,10 @@ def test_other_mathematics_are_refused_unless_allowed(change: str, old: str) -> 
 
 MATHEMATICS = """
 run.seed model.path model.stop_token model.precision engine.head_logits_fp32 engine.head_grad_fp32
+fp8.policy.recipe fp8.policy.bf16_layers_at_start fp8.policy.bf16_layers_at_end
+fp8.reference.recipe fp8.reference.bf16_layers_at_start fp8.reference.bf16_layers_at_end
+fp8.token_rm.recipe fp8.token_rm.bf16_layers_at_start fp8.token_rm.bf16_layers_at_end
+fp8.amax_history fp8.amax fp8.margin
 data.system_prompt data.balance_by_pass_rate data.questions_per_iteration
 sampling.samples_per_question sampling.temperature sampling.top_p sampling.max_new_tokens
 sampling.max_total_tokens rollout.quantization rollout.kv_cache_dtype
@@ -118,7 +122,9 @@ def test_what_fine_tuning_computes() -> None:
     sft = ["sft.epochs", "sft.sequences_per_step", "sft.warmup_steps"]
     sft += [f"sft.optimizer.{key}" for key in ADAM]
     common = ["run.seed", "model.path", "model.stop_token", "model.precision"]
-    common += ["engine.head_logits_fp32", "engine.head_grad_fp32", "data.system_prompt"]
+    common += ["engine.head_logits_fp32", "engine.head_grad_fp32"]
+    common += [key for key in MATHEMATICS.split() if key.startswith("fp8.policy.")]
+    common += ["fp8.amax_history", "fp8.amax", "fp8.margin", "data.system_prompt"]
     assert [key for key in config_keys() if is_mathematics(key, "sft")] == common + sft
 
 
