@@ -19,7 +19,6 @@ from megatron_oreal.engine.micro_batch import MicroBatch, ScorePosition, lay_out
 from megatron_oreal.engine.offload import all_here, free_gradients, park, stays
 from megatron_oreal.engine.optimizer import (
     build_optimizer,
-    finish_gather_of_head,
     finish_gathers,
     gradient_norm,
     set_learning_rate,
@@ -353,8 +352,6 @@ def _forward_step(
     hidden = model(**PackedGPT.packed_inputs(micro_batch.tokens, micro_batch.packed))
 
     def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Record]:
-        if isinstance(model, DistributedDataParallel):
-            finish_gather_of_head(model)
         result = head(hidden, micro_batch)
         # Megatron frees the tensor it gets once it has no more use for its value.
         record = _Record(result.loss.detach(), result.per_token, micro_batch.slots)

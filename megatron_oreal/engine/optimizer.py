@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -64,16 +64,6 @@ def finish_gathers(chunk: DistributedDataParallel) -> None:
             group.start_param_sync()
     for group in chunk.bucket_groups:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
-
-
-def finish_gather_of_head(chunk: DistributedDataParallel) -> None:
-    """Waits for the head's weight, which is read outside of its module, whose hook would wait.
-
-    `chunk` is the last stage. Collective over the data-parallel ranks.
-    """
-    if chunk.use_forward_hook:
-        weight = cast("PackedGPT", chunk.module).output_weight()
-        chunk.param_to_bucket_group[weight].finish_param_sync()
 
 
 def build_optimizer(
