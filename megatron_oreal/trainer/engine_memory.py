@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_oreal.config.schema import Config
-from megatron_oreal.models.layer_spec import transformer_engine_runs
+from megatron_oreal.models.kernels import kernels_here
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.monitor.device_memory import DeviceMemory
 from megatron_oreal.parallel import topology
@@ -56,7 +56,7 @@ def watch_memory(config: Config, journal: Journal) -> None:
         return
     _, dims = read_model(config.model.path)
     gpu = Gpu(torch.cuda.get_device_name(), _device_total(), *[0.0] * 4)
-    modules = "transformer_engine" if transformer_engine_runs() else "torch"
+    modules = "transformer_engine" if kernels_here().transformer_engine else "torch"
     cluster = Cluster(gpu, world_size(), modules)
     memory = plan_stage(config, dims, cluster, topology.current().pp_rank)
     phases = {phase: f"{memory.total(phase) / GIB:.1f}" for phase in memory.phases}
