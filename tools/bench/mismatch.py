@@ -20,6 +20,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.roles import Policy
 from megatron_oreal.parallel.collectives import start_world, stop_world, world_rank, world_size
 from megatron_oreal.rollout.groups import build_requests
-from megatron_oreal.trainer.models import open_source
+from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
 from megatron_oreal.trainer.probe import unjudged
 from megatron_oreal.trainer.setup import read_texts, start_engine
@@ -71,10 +72,10 @@ def sample(config: Config, questions: int) -> list[Trajectory]:
 
 
 def compare(
-    config: Config, sampled: Mapping[str, Sequence[Trajectory]]
+    source: ModelSource, sampled: Mapping[str, Sequence[Trajectory]]
 ) -> dict[str, dict[str, float]]:
     """Returns the metrics of one policy against each engine; collective over the world."""
-    source = open_source(config)
+    config = source.config
     policy = Policy(source.dims, config, source.topology, source.load, config.policy_optimizer)
     packer = Packer.for_layout(source.topology, config.engine.tokens_per_micro_batch)
     found = {}
@@ -106,9 +107,10 @@ def measure(
     for name, more in rollout.items():
         sampled[name] = sample(config(more), questions)
         _free()
-    rows = []
+    rows, source = [], None  # one layout for all
     for name, own in configs.items():
-        for other, metrics in compare(own, sampled).items():
+        source = replace(source, config=own) if source else open_source(own)
+        for other, metrics in compare(source, sampled).items():
             tokens = sum(trajectory.response_length for trajectory in sampled[other])
             counts = {"responses": len(sampled[other]), "tokens": tokens}
             rows.append({"training": name, "rollouts": other, **counts, **metrics})

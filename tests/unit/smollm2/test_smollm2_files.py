@@ -1,0 +1,104 @@
+"""The questions of the SmolLM2 example are right, apart and alike for a seed; its table adds up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.smollm2 import plot, problems
+from megatron_oreal.config.load import load_config, resolve_config_yaml
+from tests.unit.quickstart.test_quickstart_files import lines, value
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "smollm2"
+PATHS = ["model.path=m", "data.path=d", "evaluation.path=e"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    problems.write(folder, 3, held_out=40, training=60)
+    return folder
+
+
+def test_no_question_is_in_both_files_or_twice_in_one(data: Path) -> None:
+    asked = [q["question"] for name in ("eval", "train") for q in lines(data / f"{name}.jsonl")]
+    assert len(set(asked)) == len(asked) == 100
+
+
+def test_every_kind_is_asked_and_gold_answers_are_the_values(data: Path) -> None:
+    questions = lines(data / "eval.jsonl")
+    assert {question["category"] for question in questions} == set(problems.KINDS)
+    for question in questions:
+        expression = question["question"].removeprefix("What is ").removesuffix("?")
+        assert question["gold_answer"] == str(value(expression))
+
+
+def test_a_seed_gives_the_same_files_and_another_seed_others(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("same", 3), ("other", 4)):
+        problems.write(tmp_path / name, seed, held_out=40, training=60)
+    for file in ("eval.jsonl", "train.jsonl"):
+        assert (tmp_path / "same" / file).read_text() == (data / file).read_text()
+        assert (tmp_path / "other" / file).read_text() != (data / file).read_text()
+
+
+@pytest.mark.parametrize("name", ["oreal", "cpu"])
+def test_configs_are_whole(name: str) -> None:
+    config = load_config([EXAMPLE / f"{name}.yaml"], PATHS)
+    assert config.oreal.token_weights.kind == "threshold"
+    assert config.evaluation.at_start
+    assert config.evaluation.at_end
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three iterations, of which the first is left out of speeds, between two evaluations."""
+    config = load_config([EXAMPLE / "cpu.yaml"], PATHS)
+    (tmp_path / "config.yaml").write_text(resolve_config_yaml(config))
+    train = {
+        "kind": "train",
+        "rollout/response_length_mean": 10.0,
+        "rollout/pass_rate": 0.5,
+        "time/iteration_s": 8.0,
+        "time/generate_s": 4.0,
+        "time/policy_s": 3.0,
+        "time/sync_s": 1.0,
+        "oreal/positive_tokens": 20.0,
+        "oreal/negative_tokens": 40.0,
+        "oreal/kl_k3": 0.0,
+    }
+    written: list[dict[str, Any]] = [
+        {"kind": "eval", "iteration": 0, "eval/pass_at_1": 0.25, "eval/greedy": 0.5},
+        {**train, "iteration": 0, "time/iteration_s": 1000.0},
+        *({**train, "iteration": i} for i in (1, 2)),
+        {"kind": "eval", "iteration": 3, "eval/pass_at_1": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in written))
+    return tmp_path
+
+
+def test_the_table_holds_both_evaluations_and_the_speed_of_each_phase(run: Path) -> None:
+    # 12 questions x 8 responses of 10 tokens in 4 s; 60 trained tokens in 3 s
+    assert plot.table(plot.read_run(run)).splitlines() == [
+        "| after iterations | pass@1 | greedy |",
+        "| --- | --- | --- |",
+        "| 0 | 25.0 | 50.0 |",
+        "| 3 | 50.0 |  |",
+        "",
+        "| phase | s | share | tokens/s |",
+        "| --- | --- | --- | --- |",
+        "| generate | 4.00 | 50.0 | 240 |",
+        "| policy | 3.00 | 37.5 | 20 |",
+        "| sync | 1.00 | 12.5 |  |",
+    ]
+
+
+def test_the_picture_is_drawn_of_a_run_that_has_just_begun_too(run: Path) -> None:
+    plot.draw(plot.read_run(run), run / "run.png")
+    assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
+    (run / "metrics.jsonl").write_text("")
+    begun = plot.read_run(run)
+    assert plot.table(begun).endswith("| --- | --- | --- | --- |")
+    plot.draw(begun, run / "run.png")
