@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_oreal.config.load import load_config
 from tests.integration import toy
 from tools.bench import mismatch
 
@@ -43,6 +44,23 @@ def test_fp32_agrees_and_bf16_does_not(tmp_path: Path) -> None:
     assert same["rollout/ess_token"] == pytest.approx(1, abs=1e-6)
     for pair in set(cells) - {("fp32", "fp32")}:
         assert cells[pair]["rollout/mismatch_mean"] > 10 * same["rollout/mismatch_mean"]
+
+
+def test_what_is_compared_on_a_gpu_is_what_a_config_can_say() -> None:
+    found = {}
+    for option, texts in mismatch.ON_GPU.items():
+        for name, settings in mismatch.precisions(texts, option).items():
+            config = load_config([], ["model.path=m", "data.path=d", *settings])
+            quantization = config.rollout.quantization
+            found[option, name] = (config.model.precision, config.fp8.policy.recipe, quantization)
+    assert found == {
+        ("--train", "bf16"): ("bf16", "none", "none"),
+        ("--train", "fp8 delayed"): ("bf16", "delayed", "none"),
+        ("--train", "fp8 tensorwise"): ("bf16", "tensorwise", "none"),
+        ("--train", "fp8 blockwise"): ("bf16", "blockwise", "none"),
+        ("--rollout", "bf16"): ("bf16", "none", "none"),
+        ("--rollout", "fp8"): ("bf16", "none", "fp8"),
+    }
 
 
 @pytest.mark.parametrize(

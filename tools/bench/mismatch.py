@@ -6,9 +6,10 @@ whatever a config can say can be compared:
 
     --train fp32:model.precision=fp32 --train bf16:model.precision=bf16
 
-Without any there are fp32 and bf16 of both. Numbers are those of docs/metrics.md, over all sampled
-tokens: mean, 99th percentile and maximum of |policy - engine log-probability| in nats, k3, and the
-effective sample sizes of the importance weights.
+Without any there are, on a GPU, bf16 and FP8 of both, each recipe of training; on a CPU, which has
+no FP8, fp32 and bf16. Numbers are those of docs/metrics.md, over all sampled tokens: mean, 99th
+percentile and maximum of |policy - engine log-probability| in nats, k3, and the effective sample
+sizes of the importance weights.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ examples:
     data.path=runs/smollm2/data/train.jsonl sampling.max_new_tokens=128 rollout.enforce_eager=true
   torchrun --nproc-per-node 2 tools/bench/mismatch.py --config my.yaml parallel.tensor=2 ...
 """
-DEFAULT = ("fp32:model.precision=fp32", "bf16:model.precision=bf16")
+FP32, BF16 = "fp32:model.precision=fp32", "bf16:model.precision=bf16"
+RECIPES = ("delayed", "tensorwise", "blockwise")
+ON_GPU = {
+    "--train": (BF16, *(f"fp8 {r}:model.precision=bf16,fp8.policy.recipe={r}" for r in RECIPES)),
+    "--rollout": (BF16, "fp8:model.precision=bf16,rollout.quantization=fp8"),
+}
+ON_CPU = {"--train": (FP32, BF16), "--rollout": (FP32, BF16)}
 ON_POLICY = ("sampling.temperature=1", "sampling.top_p=1")
 # (heading, metric) of the columns
 COLUMNS = (
@@ -146,10 +153,14 @@ def machine() -> dict[str, str]:
     return found
 
 
-def _precisions(texts: Sequence[str], option: str) -> dict[str, list[str]]:
-    """Reads `NAME:key=value[,key=value ...]`."""
+def precisions(texts: Sequence[str], option: str) -> dict[str, list[str]]:
+    """Reads each `NAME:key=value[,key=value ...]` of an option; pure.
+
+    Raises:
+        UserError: One is written otherwise.
+    """
     found = {}
-    for text in texts or DEFAULT:
+    for text in texts:
         name, colon, settings = text.partition(":")
         if not name or not colon:
             raise UserError(f"{option} {text}: write NAME:key=value, several with commas between")
@@ -176,12 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args(arguments)
     start_world()
+    default = ON_GPU if torch.cuda.is_available() else ON_CPU
     try:
         rows = measure(
             options.config,
             options.settings,
-            train=_precisions(options.train, "--train"),
-            rollout=_precisions(options.rollout, "--rollout"),
+            train=precisions(options.train or default["--train"], "--train"),
+            rollout=precisions(options.rollout or default["--rollout"], "--rollout"),
             questions=options.questions,
         )
         if world_rank() == 0:
