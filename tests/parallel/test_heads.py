@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from megatron_oreal.engine.heads import LogprobHead
 from megatron_oreal.engine.micro_batch import lay_out
@@ -17,6 +15,7 @@ from megatron_oreal.parallel.cuda_on_cpu import cuda_on_cpu
 from megatron_oreal.types import Trajectory
 from tests.ranks import RankPools
 from tests.toy_models import make_config, make_reference, open_models, pack, write_toy
+from tools.bench.head import LiveBytes
 
 pytestmark = pytest.mark.parallel
 
@@ -29,9 +28,10 @@ def objective(logprobs: torch.Tensor, fields: Fields) -> torch.Tensor:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """All of them numbers that bf16 has."""
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().float()
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).bfloat16().float()
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
     return hidden, weight, targets, {"factor": torch.randn(TOKENS, generator=generator)}
 
@@ -49,12 +49,17 @@ def expected() -> tuple[torch.Tensor, ...]:
     return tuple(x.detach().float() for x in (loss, logprobs, entropy, hidden.grad, weight.grad))
 
 
-def sharded(padded_rows: int, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
+def sharded(
+    padded_rows: int, settings: HeadSettings, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     hidden, weight, targets, fields = inputs()
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     world = dist.group.WORLD
     assert world is not None
     shard = vocab_shard(padded_rows, VOCAB, world)
-    rows = torch.full((padded_rows, HIDDEN), 1e4)  # what lies in padding must not matter
+    rows = torch.full(
+        (padded_rows, HIDDEN), 1e4, dtype=dtype
+    )  # what lies in padding must not matter
     rows[: shard.rows] = weight[shard.start : shard.start + shard.rows]
     hidden.requires_grad_()
     rows.requires_grad_()
@@ -63,7 +68,7 @@ def sharded(padded_rows: int, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
         rows,
         targets,
         shard,
-        HeadSettings(chunk_tokens),
+        settings,
         objective=objective,
         fields=fields,
     )
@@ -74,7 +79,7 @@ def sharded(padded_rows: int, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
     gathered = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, rows.grad)
     with torch.no_grad():
-        again = vocab_logprobs(hidden, rows, targets, shard, HeadSettings(chunk_tokens))
+        again = vocab_logprobs(hidden, rows, targets, shard, settings)
     assert torch.equal(again.logprobs, out.logprobs)
     assert torch.equal(again.entropy, out.entropy)
     weight_grad = torch.cat(gathered)
@@ -93,9 +98,25 @@ def sharded(padded_rows: int, chunk_tokens: int) -> tuple[torch.Tensor, ...]:
 def test_any_spread_of_the_vocabulary_gives_the_plain_result(
     ranks: RankPools, world: int, padded_rows: int, chunk_tokens: int
 ) -> None:
-    for result in ranks(world).run(sharded, padded_rows, chunk_tokens):
+    for result in ranks(world).run(sharded, padded_rows, HeadSettings(chunk_tokens)):
         for got, want in zip(result, expected(), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fp32_weight_grad", [False, True])
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_bf16_inputs_give_the_plain_result_within_their_rounding(
+    ranks: RankPools, fp32_logits: bool, fp32_weight_grad: bool
+) -> None:
+    """Logits up to 16 in bf16 are off by 2^-5, as are probabilities, and gradients by them."""
+    settings = HeadSettings(5, fp32_logits, fp32_weight_grad)
+    scored = 1e-5 if fp32_logits else 2**-4
+    for result in ranks(2).run(sharded, 32, settings, torch.bfloat16):
+        *scores, hidden_grad, weight_grad = zip(result, expected(), strict=True)
+        for got, want in scores[1:]:
+            torch.testing.assert_close(got, want, rtol=scored, atol=scored)
+        for got, want in (hidden_grad, weight_grad):
+            assert (got.float() - want).norm() < (2**-7 if fp32_logits else 2**-5) * want.norm()
 
 
 def no_tokens() -> tuple[float, bool]:
@@ -122,32 +143,6 @@ def test_a_micro_batch_without_response_tokens_has_a_live_graph_and_no_gradient(
     ranks: RankPools,
 ) -> None:
     assert ranks(1).run(no_tokens) == [(0.0, False)]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations made and that are still alive; their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[torch.UntypedStorage, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        del types
-        out = func(*args, **(kwargs or {}))
-        known = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, torch.Tensor)]
-        old = {x.untyped_storage()._cdata for x in known}
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = (storage._weak_ref(), storage.nbytes())
-        self.live = {
-            key: value
-            for key, value in self.live.items()
-            if not torch.UntypedStorage._expired(value[0])
-        }
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
 
 
 def peak_bytes(tokens: int, vocab: int, hidden_size: int, chunk_tokens: int) -> tuple[int, int]:
