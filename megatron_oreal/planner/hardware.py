@@ -26,6 +26,7 @@ class Gpu:
     bandwidth: float
     link: float
     network: float
+    capability: tuple[int, int] = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Cluster:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", int(39.4 * GIB), 312 * _TERA, 1555 * _GIGA, 300 * _GIGA, 25 * _GIGA),
-        Gpu("a100-80", int(79.1 * GIB), 312 * _TERA, 2039 * _GIGA, 300 * _GIGA, 25 * _GIGA),
+        Gpu("a100-40", int(39.4 * GIB), 312 * _TERA, 1555 * _GIGA, 300 * _GIGA, 25 * _GIGA, (8, 0)),
+        Gpu("a100-80", int(79.1 * GIB), 312 * _TERA, 2039 * _GIGA, 300 * _GIGA, 25 * _GIGA, (8, 0)),
         Gpu("h100-80", int(79.1 * GIB), 989 * _TERA, 3350 * _GIGA, 450 * _GIGA, 50 * _GIGA),
         Gpu("h200-141", int(139.8 * GIB), 989 * _TERA, 4800 * _GIGA, 450 * _GIGA, 50 * _GIGA),
     )

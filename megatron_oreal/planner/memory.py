@@ -1,40 +1,42 @@
 """Bytes on the fullest GPU of a layout, by part and phase; docs/planner.md derives each line.
 
-Models and optimizers stay on the GPU in every phase. What a phase adds is the engine, activations
-and the head's buffers, or the engine's weights and others on their way to them: while models train
-the engine sleeps, but for its CUDA graphs.
+Models and optimizers stay on the GPU in every phase, but for what `offload.*` names. What a phase
+adds is the engine, activations and the head's buffers, or the engine's weights and others on their
+way to them: while models train the engine sleeps, but for its CUDA graphs.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_oreal.config.head_chunks import logit_bytes, most_chunk_tokens
 from megatron_oreal.config.stages import layers_of_stages
 from megatron_oreal.planner.activations import LayerActivations
 from megatron_oreal.planner.hardware import GIB
+from megatron_oreal.planner.models import (
+    MOMENTS,
+    Parts,
+    Phase,
+    model_copies,
+    resident_models,
+    stepping_optimizer,
+)
 from megatron_oreal.planner.sizes import (
     FP32,
     Dims,
-    Head,
     element_bytes,
     engine_copies,
     engine_parameters,
     layer_matrices,
     parameters,
-    stage_parameters,
 )
 
 if TYPE_CHECKING:
     from megatron_oreal.config.schema import Config
     from megatron_oreal.planner.hardware import Cluster, Gpu
 
-Phase = Literal["generate", "reference", "token_rm", "policy", "sync"]
-Parts = dict[str, int]
-
-MOMENTS = 2 * FP32
 SAMPLER = 24  # bytes a logit of a sampled step: fp32 copies, sorted values and their places
 GRAPHS = GIB  # CUDA graphs of an engine
 RESERVE = 4 * GIB  # CUDA's context, communicators of NCCL, fragments
@@ -110,11 +112,6 @@ def data_parallel(config: Config, ranks: int) -> int:
     return model_copies(config, ranks) // config.parallel.context
 
 
-def model_copies(config: Config, ranks: int) -> int:
-    """How often the ranks hold each model: context-parallel ranks have copies, too."""
-    return ranks // (config.parallel.tensor * config.parallel.pipeline)
-
-
 def trained_models(config: Config) -> int:
     """How many models have an optimizer: the policy, and the token_rm where there is one."""
     return 1 if config.oreal.token_weights.kind == "none" else 2
@@ -135,51 +132,39 @@ def kv_bytes(config: Config, dims: Dims) -> int:
 def plan_stage(config: Config, dims: Dims, cluster: Cluster, stage: int) -> Memory:
     """Returns the memory of one rank of a pipeline stage; pure."""
     engine, kv_tokens = _engine(config, dims, cluster.gpu)
-    models = resident_models(config, dims, cluster.ranks, stage) | {"reserve": RESERVE}
     # Asleep, an engine keeps its CUDA graphs alone.
     asleep = {"CUDA graphs": engine["CUDA graphs"]} if config.rollout.sleep else engine
-    resident = models | asleep
+    place = (config, dims, cluster.ranks, stage)
     layer = LayerActivations(config, dims, cluster.modules)
     layers = layers_of_stages(config.parallel, dims.layers)[stage]
     last = stage == config.parallel.pipeline - 1
     kept = math.ceil(layer.kept * layers * _in_flight(config, stage))
     kept += layer.last_norm if last else 0
 
-    def runs(activations: int, at_work: int, head: int) -> Parts:
+    def models(phase: Phase) -> Parts:
+        return resident_models(*place, phase) | {"reserve": RESERVE}
+
+    def runs(phase: Phase, activations: int, at_work: int, head: int) -> Parts:
         # The head's buffers are gone when layers run backward: of the two the larger counts.
         larger = max(0, at_work - head)
-        return resident | {"activations": activations, "head": head, "layer at work": larger}
+        parts = {"activations": activations, "head": head, "layer at work": larger}
+        # All of these are gone when the optimizer comes.
+        step = max(0, stepping_optimizer(*place, phase) - sum(parts.values()))
+        return models(phase) | asleep | parts | ({"optimizer at its step": step} if step else {})
 
     scored, trained = (_head(config, dims, last, trains=trains) for trains in (False, True))
     phases: dict[Phase, Parts] = {
-        "generate": models | engine,
-        "reference": runs(0, layer.forward, scored),
-        "token_rm": runs(kept, layer.backward, _scalar_head(config, dims, last)),
-        "policy": runs(kept, layer.backward, trained),
-        "sync": resident
+        "generate": models("generate") | engine,
+        "reference": runs("reference", 0, layer.forward, scored),
+        "token_rm": runs("token_rm", kept, layer.backward, _scalar_head(config, dims, last)),
+        "policy": runs("policy", kept, layer.backward, trained),
+        "sync": models("sync")
+        | asleep
         | {"engine weights": engine["engine weights"], "staging": _staging(config)},
     }
     if config.oreal.token_weights.kind == "none":
         del phases["token_rm"]
     return Memory(cluster.gpu, stage, phases, kv_tokens, config.sampling.max_total_tokens)
-
-
-def resident_models(config: Config, dims: Dims, ranks: int, stage: int) -> Parts:
-    """Weights, gradients and optimizer of policy, reference and token_rm."""
-    layout, size = config.parallel, element_bytes(config)
-    shards = model_copies(config, ranks) if layout.distributed_optimizer else 1
-    # fp32 weights need no copy of theirs.
-    state = MOMENTS + (FP32 if config.model.precision == "bf16" else 0)
-    heads: tuple[Head, ...] = ("vocab", "scalar")
-    counts = {head: stage_parameters(dims, layout, stage, head) for head in heads}
-    trained = [counts["vocab"]]
-    if config.oreal.token_weights.kind != "none":
-        trained.append(counts["scalar"])
-    return {
-        "weights": size * (sum(trained) + counts["vocab"]),  # the reference's as well
-        "gradients": FP32 * sum(trained),
-        "optimizer": sum(math.ceil(state * count / shards) for count in trained),
-    }
 
 
 def _in_flight(config: Config, stage: int) -> float:

@@ -86,7 +86,7 @@ def plan_run(
     Raises:
         UserError: The layout is impossible, or does not fit; names the nearest that do.
     """
-    check(config, dims, cluster.ranks)
+    check(config, dims, cluster)
     memory = plan_memory(config, dims, cluster)
     if not memory.fits:
         raise UserError(_refusal(config, dims, memory, cluster))

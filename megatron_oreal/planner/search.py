@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_oreal.config.device import Device, check_device
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.validate import check_layout, check_model
 from megatron_oreal.planner.hardware import GPUS_PER_NODE
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_oreal.planner.sizes import Dims
 
 NEAREST = 3
+TESTED_TE = "2.20.2"  # the planner knows no machine: this version is taken to be on it
 RECOMPUTE = ("none", "selective", "full")
 SHARES = tuple(i / 20 for i in range(2, 19))  # of a GPU's memory for the engine
 CONTEXT = (1, 2, 4)
@@ -37,10 +39,12 @@ def layout_of(config: Config) -> dict[str, int | float | str]:
     }
 
 
-def check(config: Config, dims: Dims, ranks: int) -> None:
-    """Refuses a layout that no cluster of so many ranks can have, with a `UserError`."""
-    check_layout(config, ranks)
+def check(config: Config, dims: Dims, cluster: Cluster) -> None:
+    """Refuses with a `UserError` what no such cluster can have, or its GPUs cannot compute."""
+    check_layout(config, cluster.ranks)
     check_model(config, dims)
+    version = TESTED_TE if cluster.modules == "transformer_engine" else None
+    check_device(config, dims, Device(cluster.gpu.name, cluster.gpu.capability, version))
 
 
 def nearest_that_fit(config: Config, dims: Dims, cluster: Cluster) -> list[Config]:
@@ -51,7 +55,7 @@ def nearest_that_fit(config: Config, dims: Dims, cluster: Cluster) -> list[Confi
     """
     shares = sorted({*SHARES, config.rollout.gpu_memory_utilization})
     nearest: list[tuple[float, Config]] = []
-    for other in _layouts(config, dims, cluster.ranks, (config.parallel.context,)):
+    for other in _layouts(config, dims, cluster, (config.parallel.context,)):
         fitting = [
             (_distance(config, shared), shared)
             for shared in (_with_share(other, share) for share in shares)
@@ -64,7 +68,7 @@ def nearest_that_fit(config: Config, dims: Dims, cluster: Cluster) -> list[Confi
 
 def all_that_fit(config: Config, dims: Dims, cluster: Cluster) -> Iterator[tuple[Config, Memory]]:
     """Yields every layout that fits, with the largest share of the GPU for the engine that does."""
-    for other in _layouts(config, dims, cluster.ranks, CONTEXT):
+    for other in _layouts(config, dims, cluster, CONTEXT):
         for share in reversed(SHARES):
             shared = _with_share(other, share)
             memory = plan_memory(shared, dims, cluster)
@@ -73,9 +77,11 @@ def all_that_fit(config: Config, dims: Dims, cluster: Cluster) -> Iterator[tuple
                 break
 
 
-def _layouts(config: Config, dims: Dims, ranks: int, context: tuple[int, ...]) -> Iterator[Config]:
+def _layouts(
+    config: Config, dims: Dims, cluster: Cluster, context: tuple[int, ...]
+) -> Iterator[Config]:
     """Yields the possible ones, whether they fit or not, with the engine's share as it is."""
-    degrees = [2**i for i in range(ranks.bit_length())]
+    degrees = [2**i for i in range(cluster.ranks.bit_length())]
     in_node = [degree for degree in degrees if degree <= GPUS_PER_NODE]
     parallels = [
         replace(config.parallel, tensor=tensor, pipeline=pipeline, context=cp)
@@ -87,7 +93,7 @@ def _layouts(config: Config, dims: Dims, ranks: int, context: tuple[int, ...]) -
         for degree in in_node:
             rollout = replace(config.rollout, tensor_parallel=degree)
             other = replace(config, parallel=parallel, rollout=rollout)
-            if _is_possible(other, dims, ranks):
+            if _is_possible(other, dims, cluster):
                 for recompute in RECOMPUTE:
                     yield replace(other, engine=replace(config.engine, recompute=recompute))
 
@@ -96,9 +102,9 @@ def _with_share(config: Config, share: float) -> Config:
     return replace(config, rollout=replace(config.rollout, gpu_memory_utilization=share))
 
 
-def _is_possible(config: Config, dims: Dims, ranks: int) -> bool:
+def _is_possible(config: Config, dims: Dims, cluster: Cluster) -> bool:
     try:
-        check(config, dims, ranks)
+        check(config, dims, cluster)
     except UserError:
         return False
     return True

@@ -12,7 +12,8 @@ from megatron_oreal.parallel import topology
 from megatron_oreal.parallel.collectives import agree, all_gather_bytes, world_size
 from megatron_oreal.planner.engine_memory import FreeMemory, cache_bytes, check_fp8
 from megatron_oreal.planner.hardware import GIB, Cluster, Gpu
-from megatron_oreal.planner.memory import plan_stage, planned_phases, resident_models
+from megatron_oreal.planner.memory import plan_stage, planned_phases
+from megatron_oreal.planner.models import resident_models
 from megatron_oreal.trainer.journal import Journal
 
 
@@ -41,7 +42,7 @@ def agree_on_cache(config: Config, trains: bool) -> int | None:
         to_come = 0
         if trains:
             stage = topology.current().pp_rank
-            planned = resident_models(config, dims, world_size(), stage)
+            planned = resident_models(config, dims, world_size(), stage, "generate")
             to_come = max(0, sum(planned.values()) - torch.cuda.memory_allocated())
         found = cache_bytes(config, dims, FreeMemory(free, total, to_come))
     return min(int(text) for text in all_gather_bytes(str(found).encode()))
@@ -55,7 +56,7 @@ def watch_memory(config: Config, journal: Journal) -> None:
     if not torch.cuda.is_available() or config.rollout.backend != "vllm" or config.rollout.replay:
         return
     _, dims = read_model(config.model.path)
-    gpu = Gpu(torch.cuda.get_device_name(), _device_total(), *[0.0] * 4)
+    gpu = Gpu(torch.cuda.get_device_name(), _device_total(), 0.0, 0.0, 0.0, 0.0)
     modules = "transformer_engine" if kernels_here().transformer_engine else "torch"
     cluster = Cluster(gpu, world_size(), modules)
     memory = plan_stage(config, dims, cluster, topology.current().pp_rank)

@@ -157,6 +157,56 @@ def test_a_run_without_a_token_reward_model_holds_one_model_less() -> None:
     assert without.peak < whole.peak - 10 * GIB
 
 
+def test_what_is_offloaded_is_there_in_its_phase_alone() -> None:
+    switches = ("optimizer", "gradients", "reference", "token_rm")
+    keys = [f"offload.{switch}=true" for switch in switches]
+    plain = plan_memory(recipe("oreal_7b"), QWEN_7B, A100).phases
+    away = plan_memory(recipe("oreal_7b", *keys), QWEN_7B, A100).phases
+    policy = (7_615_616_512 - 57 * 3584) // 4 + 57 * 3584
+    token_rm = policy - 152_064 * 3584 // 4 + 3584
+    # The policy's weights alone stay: they leave for the engines.
+    for phase in ("generate", "sync"):
+        assert (away[phase]["weights"], away[phase]["gradients"]) == (2 * policy, 0)
+        assert sum(away[phase].values()) < sum(plain[phase].values()) - 25 * GIB
+    assert away["reference"]["weights"] == 2 * 2 * policy
+    assert away["reference"]["gradients"] == 0
+    assert away["token_rm"]["weights"] == 2 * (policy + token_rm)
+    assert away["token_rm"]["gradients"] == 4 * token_rm
+    assert away["policy"]["weights"] == 2 * policy
+    assert away["policy"]["gradients"] == 4 * policy
+    assert {parts["optimizer"] for parts in away.values()} == {0}
+    # A step's optimizer, 1.5 bytes a parameter of eight shares, is less than what it comes after.
+    assert "optimizer at its step" not in away["policy"]
+    few = plan_memory(
+        recipe("oreal_7b", *keys, "engine.tokens_per_micro_batch=16384"),
+        QWEN_7B,
+        Cluster(A100.gpu, 4),
+    ).phases["policy"]
+    gone = sum(few[part] for part in ("activations", "head", "layer at work"))
+    assert few["optimizer at its step"] == 12 * policy - gone
+
+
+def test_fp8_keeps_rounded_copies_and_is_faster() -> None:
+    plain = recipe("oreal_32b")
+    fp8 = recipe("oreal_32b", "fp8.policy.recipe=delayed", "fp8.reference.recipe=tensorwise")
+    matrices = (2 * 5120 + 2 * 1024 + 3 * 27_648) * 5120 // 8  # of a layer, on one of eight ranks
+    copies = plan_memory(fp8, QWEN_32B, H100).phases["generate"]["FP8 copies"]
+    assert copies == 16 * matrices * (2 + 1)  # the reference needs none that is turned
+    assert "FP8 copies" not in plan_memory(plain, QWEN_32B, H100).phases["policy"]
+    seconds, faster = (plan_run(config, QWEN_32B, H100).duration.phases for config in (plain, fp8))
+    assert faster["policy"] < 0.8 * seconds["policy"]
+    assert faster["reference"] < 0.8 * seconds["reference"]
+    assert faster["token_rm"] == seconds["token_rm"]
+
+
+def test_a_cluster_that_cannot_compute_it_is_refused() -> None:
+    config = recipe("oreal_7b", "fp8.policy.recipe=delayed")
+    with pytest.raises(
+        UserError, match=r"^fp8\.policy\.recipe=delayed: .* a100-80 has 8\.0; set none"
+    ):
+        plan_run(config, QWEN_7B, A100)
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 @pytest.mark.parametrize("end", ["", "_no_token_rm"])
 def test_every_recipe_fits_its_cluster(name: str, end: str) -> None:
