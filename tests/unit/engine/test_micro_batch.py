@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_oreal.config.schema_precision import TOKEN_MULTIPLE
 from megatron_oreal.engine.micro_batch import lay_out
 from megatron_oreal.parallel.context import SequenceCut
 from megatron_oreal.types import PackedBatch
@@ -109,6 +110,26 @@ def test_it_is_filled_up_with_padding():
     assert laid.tokens.tolist() == [21, 22, 23, *[0] * 9]
     assert laid.packed.cu_seqlens_q.tolist() == [0, 3, 12]
     assert laid.packed.max_seqlen_q == 9
+
+
+@pytest.mark.parametrize("multiple", TOKEN_MULTIPLE.values())
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (8, 1), (1, 2), (2, 4)])
+def test_each_rank_has_the_tokens_that_fp8_multiplies(multiple: int, tp: int, cp: int) -> None:
+    cuts = [SequenceCut(tp, cp, rank, token_multiple=multiple) for rank in range(cp)]
+    ranks = [lay_out(BATCH, [0, 1], cut) for cut in cuts]
+    for laid in ranks:
+        assert len(laid.tokens) % (tp * multiple) == 0
+        bounds = laid.packed.cu_seqlens_q
+        assert int(bounds[-1]) == cp * len(laid.tokens)
+        # TE cuts every sequence, padding's own too, into two chunks a rank.
+        assert not (bounds % cuts[0].sequence_multiple).any()
+        assert laid.packed.max_seqlen_q == int(bounds.diff().max())
+        if cp > 1:  # the same: to TE padding is part of a sequence
+            assert torch.equal(laid.packed.cu_seqlens_q_padded, bounds)
+    scored = torch.cat([laid.slots for laid in ranks])
+    assert sorted(scored.tolist()) == [0, 1, 2, 3, 4]
+    if (tp, cp) == (1, 1):
+        assert len(ranks[0].tokens) == max(8, multiple)
 
 
 def test_slots_count_over_the_whole_batch():
