@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -33,7 +34,10 @@ TRANSFORMER_ENGINE = ("2.20.2",)
 # What is lost without each, on a GPU.
 OPTIONAL = {
     "transformer-engine": "layers run as plain torch modules: slower, and more memory",
-    "apex": "nothing where Transformer Engine is there, whose fused AdamW serves; else torch's",
+    "apex": (
+        "nothing where Transformer Engine is there: its fused AdamW serves, and its matrices add"
+        " gradients up as they multiply; else torch's AdamW, and a pass over each gradient more"
+    ),
     "flash-attn": "nothing in results: Transformer Engine takes cuDNN's attention, vLLM its own",
 }
 # Imported for real: an installed package may still lack a library or clash with another.
@@ -41,6 +45,8 @@ IMPORTED = {
     "vllm": "import vllm",
     "math-verify": "from math_verify import parse, verify; verify(parse('1/2'), parse('0.5'))",
 }
+# Apex's extension of the matrix product that adds a weight's gradient into the main gradient.
+ACCUMULATING_PRODUCT = "fused_weight_gradient_mlp_cuda"
 _ON_GPU = {"transformer-engine": "import transformer_engine.pytorch"}
 
 
@@ -95,6 +101,8 @@ def _optional(gpus: bool) -> Iterator[Finding]:
         found = installed(name)
         if found and name == "transformer-engine":
             yield _compared(name, found, TRANSFORMER_ENGINE)
+        elif found and name == "apex":
+            yield _apex(found)
         elif found:
             yield Finding(_AREA, name, Level.FINE, found)
         elif gpus:
@@ -102,6 +110,16 @@ def _optional(gpus: bool) -> Iterator[Finding]:
             yield Finding(_AREA, name, level, "not installed", f"lost: {lost}")
         else:
             yield Finding(_AREA, name, Level.FINE, "not installed", "used on GPUs alone")
+
+
+def _apex(found: str) -> Finding:
+    """It is of use with its extension, which `pip install apex` alone does not build."""
+    if importlib.util.find_spec(ACCUMULATING_PRODUCT) is not None:
+        return Finding(_AREA, "apex", Level.FINE, f"{found}, with {ACCUMULATING_PRODUCT}")
+    says = (
+        f"without {ACCUMULATING_PRODUCT}: layers in plain torch add gradients up in a second pass"
+    )
+    return Finding(_AREA, "apex", Level.FINE, found, says)
 
 
 def _import(name: str, program: str) -> Finding:
