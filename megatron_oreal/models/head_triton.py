@@ -105,6 +105,7 @@ def gradient(
     block = _block(words)
     grid = (tokens, triton.cdiv(words, block))
     strides = (logits.stride(0), out.stride(0))
+    slope = slope.contiguous()  # of a sum alone autograd returns one number, spread by its strides
     _gradient_kernel[grid](  # pyright: ignore[reportIndexIssue]
         logits, columns, log_total, slope, out, words, *strides, BLOCK=block, num_warps=_WARPS
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_oreal.config.head_chunks import LOGITS_BYTES
 from megatron_oreal.models import head_passes
 from megatron_oreal.models.heads import HeadSettings
+from megatron_oreal.parallel.collectives import start_world, stop_world
 from tests.unit.models.test_head_passes import BF16, FP32, Shape, check, make_case
 from tools.bench.head import Inputs, errors, extra_gib, float64_truth, ours
 
@@ -22,11 +23,11 @@ VOCABS = (19_008, 152_064)  # of a rank at tensor parallelism 8 and 1
 @pytest.fixture(scope="module")
 def alone() -> Iterator[dist.ProcessGroup]:
     """A group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    start_world()
     group = dist.group.WORLD
     assert group is not None
     yield group
-    dist.destroy_process_group()
+    stop_world()
 
 
 def draw(tokens: int, vocab: int) -> Inputs:

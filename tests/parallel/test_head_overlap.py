@@ -71,7 +71,8 @@ def train(folder: Path, recompute: str, **overlaps: bool) -> Trained:
         if len(wrapped) == 1:
             settings.no_sync_func = wrapped[0].no_sync
     head = LogprobHead(stages[-1], source.topology, source.dims.vocab, HeadSettings(4), objective)
-    batch = pack(make_trajectories(), TIGHT)
+    batch = pack(make_trajectories(3), TIGHT)
+    assert any(() in rank for rank in batch.micro_batches), "one of padding alone"
     cut = source.topology.cut
     laid = [lay_out(batch, m, cut) for m in batch.micro_batches[source.topology.dp_rank]]
     for _ in range(STEPS):

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_oreal.config.head_chunks import LOGITS_BYTES
 from megatron_oreal.models import head_passes
 from megatron_oreal.models.heads import HeadSettings, Passes, vocab_logprobs, vocab_shard
+from megatron_oreal.parallel.collectives import start_world, stop_world
 
 EPILOG = """
 examples:
@@ -57,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.live: dict[int, tuple[Any, int]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -327,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    start_world()
     group = dist.group.WORLD
     assert group is not None
     shape = {"tokens": options.tokens, "hidden": options.hidden, "dtype": options.dtype}
@@ -336,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype = getattr(torch, options.dtype)
         inputs = Inputs.draw(options.tokens, options.hidden, vocab, device, dtype)
         rows += measure(inputs, options.repeats, options.chunk_tokens, group)
-    dist.destroy_process_group()
+    stop_world()
     about = versions() | shape
     if options.json:
         print(json.dumps(about | {"rows": rows}))

@@ -29,11 +29,12 @@ class Shape(NamedTuple):
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
+PLAIN_SUM = 4
 SHAPES = [
     Shape(5, 300, FP32, FP32),
     Shape(3, 9001, BF16, BF16),  # more than two blocks of a kernel
     Shape(7, 4096, BF16, BF16),
-    Shape(4, 131, FP32, BF16),
+    Shape(PLAIN_SUM, 131, FP32, BF16),
     Shape(2, 0, FP32, FP32),  # all of the shard is padding
     Shape(0, 64, FP32, FP32),
 ]
@@ -50,11 +51,13 @@ def make_case(shape: Shape) -> Case:
     if not shape.words:
         columns.fill_(-1)
     logits = logits.to(shape.logits)
+    slope = torch.randn(shape.tokens, generator=generator)
     return {
         "logits": logits,
         "columns": columns,
         "log_total": logits.double().logsumexp(dim=1).float(),
-        "slope": torch.randn(shape.tokens, generator=generator),
+        # Of a plain sum autograd gives one number, spread by its strides.
+        "slope": slope[:1].expand(shape.tokens) if shape.tokens == PLAIN_SUM else slope,
         "out": torch.empty_like(logits, dtype=shape.out),
     }
 
