@@ -3,7 +3,8 @@
 The language-model head never holds the logits of a micro-batch. It walks over the response tokens
 in chunks; while a chunk's logits exist it takes the log-probability and entropy of each token and,
 when it trains, the gradient of an elementwise objective of those log-probabilities, which is
-written over the logits. Three matrix products a chunk, nothing kept, nothing computed again.
+written over the logits: three matrix products a chunk, nothing kept, nothing computed again;
+docs/head.md says more.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def _look_at(wrapped: list[Any], overlaps: dict[str, bool]) -> tuple[dict[str, A
         pytest.param({"tp": 2}, "qwen2", "none", marks=pytest.mark.slow),
         pytest.param({"pp": 2}, "qwen2", "none", marks=pytest.mark.slow),
         pytest.param({"cp": 2}, "qwen2_tied", "selective", marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "vpp": 2}, "smollm2", "none", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -90,6 +90,9 @@ def test_memory_of_the_7b_recipe_by_hand() -> None:
     chunk = (448 << 20) // (2 * output)
     assert chunk == 6178
     assert parts["head"] == 16_384 * 3 * 2 * 3584 + chunk * 2 * output + 4 * output * 3584
+    other = recipe("oreal_7b", "engine.head_logits_fp32=true", "engine.head_grad_fp32=false")
+    head = plan_memory(other, QWEN_7B, A100).phases["policy"]["head"]
+    assert head == 16_384 * 3 * 2 * 3584 + chunk // 3 * 6 * output + 2 * output * 3584
     # The layer at work computes 5 f / 4 again and has gradients of 2 (f + h) / 4, two whole hidden
     # states, and the gradient of its largest matrix, 2 f h / 4.
     at_work = 16_384 * 2 * (7 * 18_944 // 4 + 2 * 3584 // 4 + 2 * 3584) + 2 * 18_944 * 3584 // 4 * 2
