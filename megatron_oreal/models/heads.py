@@ -69,7 +69,6 @@ def vocab_logprobs(
     *,
     objective: Objective | None = None,
     fields: Fields | None = None,
-    passes: Passes | None = None,
 ) -> HeadOutput:
     """Scores `targets` under softmax(hidden @ weight.T), a chunk of tokens at a time.
 
@@ -85,7 +84,6 @@ def vocab_logprobs(
         settings: how large chunks are, and the precisions.
         objective: what is differentiated; without one the loss is zero and nothing is.
         fields: `[n]` each, handed to the objective chunk by chunk.
-        passes: the kernels; those of the device unless given.
     """
     walk = _Walk(
         hidden.detach(),
@@ -93,7 +91,7 @@ def vocab_logprobs(
         weight.detach()[: shard.rows],
         shard,
         settings,
-        passes or passes_on(weight.device),
+        passes_on(weight.device),
         objective,
         fields or {},
     )

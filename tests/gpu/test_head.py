@@ -63,7 +63,7 @@ def test_the_head_agrees_with_float64_whatever_the_last_chunk_is(
     inputs = draw(1000, VOCABS[0])
     chunks = HeadSettings(384, fp32_logits, fp32_grad)
 
-    way = functools.partial(ours, settings=chunks, passes=None, group=alone)
+    way = functools.partial(ours, settings=chunks, group=alone)
     found = errors(way, inputs, float64_truth(inputs))
     assert float(found["dh"]) < 2**-7
     assert float(found["dw"]) < 2**-7
@@ -74,7 +74,7 @@ def test_the_head_agrees_with_float64_whatever_the_last_chunk_is(
 def test_logprobs_of_fp32_logits_are_within_2e_3(alone: dist.ProcessGroup, vocab: int) -> None:
     inputs = draw(2048, vocab)
     chunks = settings(vocab, fp32_logits=True)
-    logprobs = ours(inputs, chunks, None, alone)["logprobs"]
+    logprobs = ours(inputs, chunks, alone)["logprobs"]
     inputs.forget()
     truth = float64_truth(inputs)["logprobs"]
     assert float((logprobs.double() - truth).abs().max()) < 2e-3
@@ -87,6 +87,6 @@ def test_half_a_gib_beyond_both_gradients_is_enough(
 ) -> None:
     inputs = draw(16_384, vocab)
     chunks = settings(vocab, fp32_logits=fp32_logits)
-    way = functools.partial(ours, settings=chunks, passes=None, group=alone)
+    way = functools.partial(ours, settings=chunks, group=alone)
     way(inputs)  # workspaces of the products stay
     assert extra_gib(way, inputs) <= 0.5

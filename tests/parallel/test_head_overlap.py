@@ -109,8 +109,8 @@ def _look_at(wrapped: list[Any], overlaps: dict[str, bool]) -> tuple[dict[str, A
     ("layout", "toy", "recompute"),
     [
         ({}, "qwen2", "none"),
-        ({"tp": 2}, "qwen2_tied", "full"),
-        ({"pp": 2}, "qwen2_tied", "full"),
+        pytest.param({"tp": 2}, "qwen2_tied", "full", marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, "qwen2_tied", "full", marks=pytest.mark.slow),
         pytest.param({}, "qwen2_tied", "none", marks=pytest.mark.slow),
         pytest.param({"tp": 2}, "qwen2", "none", marks=pytest.mark.slow),
         pytest.param({"pp": 2}, "qwen2", "none", marks=pytest.mark.slow),

@@ -5,7 +5,7 @@ the gradients of both by the mean cross-entropy:
 
 - products: logits, and the two products of a gradient of theirs, at once; no softmax at all;
 - ours: the chunked head, its logits in bf16 or fp32, the weight's gradient added up in the
-  weight's precision or in fp32; its passes in plain torch as well where a GPU runs kernels;
+  weight's precision or in fp32;
 - recomputed: chunks in plain torch under autograd, computed again in the backward pass;
 - liger: Liger's fused linear cross-entropy, where liger_kernel can be imported.
 
@@ -37,8 +37,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from megatron_oreal.config.head_chunks import LOGITS_BYTES
-from megatron_oreal.models import head_passes
-from megatron_oreal.models.heads import HeadSettings, Passes, vocab_logprobs, vocab_shard
+from megatron_oreal.models.heads import HeadSettings, vocab_logprobs, vocab_shard
 from megatron_oreal.parallel.collectives import start_world, stop_world
 
 EPILOG = """
@@ -133,7 +132,7 @@ def products(inputs: Inputs) -> Mapping[str, torch.Tensor]:
 
 
 def ours(
-    inputs: Inputs, settings: HeadSettings, passes: Passes | None, group: dist.ProcessGroup
+    inputs: Inputs, settings: HeadSettings, group: dist.ProcessGroup
 ) -> Mapping[str, torch.Tensor]:
     """The head of this project."""
     if settings.fp32_weight_grad:
@@ -146,7 +145,6 @@ def ours(
         vocab_shard(vocab, vocab, group),
         settings,
         objective=lambda logprobs, _: -logprobs / tokens,
-        passes=passes,
     )
     out.loss.backward()
     return {"logprobs": out.logprobs, "entropy": out.entropy}
@@ -190,11 +188,7 @@ def make_ways(inputs: Inputs, chunk_tokens: int | None, group: dist.ProcessGroup
         most = chunk_tokens or max(1, LOGITS_BYTES // (len(inputs.weight) * item))
         settings = HeadSettings(most, fp32_logits, fp32_grad)
         name = f"ours, {logits} logits, dW in {'fp32' if fp32_grad else 'bf16'}"
-        ways[name] = functools.partial(ours, settings=settings, passes=None, group=group)
-        if inputs.weight.is_cuda and not fp32_logits and not fp32_grad:
-            ways[f"{name}, plain torch"] = functools.partial(
-                ours, settings=settings, passes=head_passes.PASSES, group=group
-            )
+        ways[name] = functools.partial(ours, settings=settings, group=group)
     ways["recomputed"] = recomputed
     if inputs.weight.is_cuda and importlib.util.find_spec("liger_kernel"):
         ways["liger"] = liger
