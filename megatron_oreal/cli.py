@@ -20,6 +20,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from megatron_oreal.arguments import read_arguments
+from megatron_oreal.config.compile_caches import cache_variables, compiler_versions
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in _OF_FOLDERS:
             return _OF_FOLDERS[options.command](options)
         config = load_config(options.config, options.settings, optional=options.optional)
+        os.environ.update(cache_variables(os.environ, compiler_versions()))
         with warnings.catch_warnings():
             for message in _NOISE:
                 warnings.filterwarnings("ignore", message=message)

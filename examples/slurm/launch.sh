@@ -45,10 +45,10 @@ set_rendezvous() {
 }
 
 # What vLLM, Triton and torch compile goes to each node's own disk: hundreds of ranks would otherwise lock and read the
-# same small files on the shared one. It outlives the job: the next one of the same user starts sooner.
+# same small files on the shared one. It outlives the job: the next one of the same user starts sooner. Where jobs meet
+# other nodes each time, name a folder that all nodes see: NODE_CACHE=/shared/cache. Other versions have other folders.
 set_caches() {
-  local cache=${NODE_CACHE:-/tmp/$USER/megatron-oreal}
-  export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor VLLM_CACHE_ROOT=$cache/vllm
+  export MEGATRON_OREAL_CACHE=${NODE_CACHE:-/tmp/$USER/megatron-oreal}
 }
 
 # In a heterogeneous job the nodes of the second component serve the judge JUDGE_MODEL, a server each, for this job
@@ -57,8 +57,8 @@ start_judge() {
   local logs=$1 node hosts=""
   export PORT=${JUDGE_PORT:-$((40000 + SLURM_JOB_ID % 20000))}
   # With JUDGE_KEY=... the servers answer only those who know it; without, whoever reaches the port.
-  MODEL=${JUDGE_MODEL:?a Hugging Face folder of the judge} VLLM_API_KEY=${JUDGE_KEY:-} srun --het-group=1 \
-    --kill-on-bad-exit=0 --open-mode=append "--output=$logs/judge_%t.log" "${in_container[@]}" bash examples/judge/serve.sh &
+  MODEL=${JUDGE_MODEL:?a Hugging Face folder of the judge} VLLM_API_KEY=${JUDGE_KEY:-} \
+    VLLM_CACHE_ROOT=$MEGATRON_OREAL_CACHE/judge srun --het-group=1 --kill-on-bad-exit=0 --open-mode=append "--output=$logs/judge_%t.log" "${in_container[@]}" bash examples/judge/serve.sh &
   judge=$!
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1"); do
     node=${JUDGE_ADDRESS:-$node}

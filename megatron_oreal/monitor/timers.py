@@ -27,6 +27,7 @@ class Timers:
         self._synchronize = synchronize
         self._totals = dict(totals or {})
         self._iteration: dict[str, float] = {}
+        self._ended = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -47,6 +48,11 @@ class Timers:
         """Returns `{"time/<phase>_s": seconds}` since the last call and starts anew."""
         ended, self._iteration = self._iteration, {}
         return {f"time/{name}_s": seconds for name, seconds in ended.items()}
+
+    def wall(self) -> float:
+        """Returns the seconds since the last call, those between phases included."""
+        before, self._ended = self._ended, self._now()
+        return self._ended - before
 
     @property
     def totals(self) -> dict[str, float]:

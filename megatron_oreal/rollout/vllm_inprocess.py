@@ -16,14 +16,13 @@ import contextlib
 import importlib.util
 import logging
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import torch
-from safetensors import safe_open
 
 from megatron_oreal.config.errors import UserError
+from megatron_oreal.models.registry import read_model
 from megatron_oreal.monitor.pending import waiting
 from megatron_oreal.parallel.collectives import broadcast_bytes, world_rank, world_size
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from megatron_oreal.rollout.engine import Finished, Renew, Request
     from megatron_oreal.weights.sums import Checksums
 
-_HEAD = "lm_head.weight"
 _CPU_WORKER = "megatron_oreal.rollout.vllm_cpu_worker.NamedCpuWorker"
 
 
@@ -112,7 +110,8 @@ class VllmInProcess:
         with process_state_kept(_environment(verbose)), _quiet(verbose):
             self._llm = _start(arguments)
         self._tied = bool(self._llm.model_config.hf_config.tie_word_embeddings)
-        self._names = _tensor_names(model_path) - ({_HEAD} if self._tied else set())
+        family, dims = read_model(model_path)
+        self._names = set(family.tensors(dims))
         self._sleeps, self._addresses = config.sleep, dict[str, int]()
         self._cycle = Cycle("generating" if weights or config.sleep else "weights awake")
         if not weights:
@@ -327,14 +326,6 @@ def _start(arguments: Mapping[str, Any]) -> LLMEngine:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"rollout: vLLM refuses {arguments['model']} with it: {reason}") from error
-
-
-def _tensor_names(folder: str) -> set[str]:
-    names: set[str] = set()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    return names
 
 
 @contextlib.contextmanager

@@ -115,6 +115,10 @@ class WeightSync:
         """What weights are pushed to."""
         return self._route.engine
 
+    def carry(self) -> None:
+        """Brings the weights and neither wakes nor checks anything; collective over the world."""
+        self._route.carry(check=False)
+
     def push(self, *, check: bool = False) -> None:
         """Brings the policy's present weights into every engine; collective over the world.
 

@@ -198,9 +198,10 @@ class Journal:
 
     def write(self, iteration: int, kind: Kind = "train") -> None:
         """Writes the metrics gathered since the last call, and the seconds of each phase."""
-        seconds = self._timers.end_iteration()
+        seconds, wall = self._timers.end_iteration(), self._timers.wall()
         if kind == "train":
-            seconds |= {"time/iteration_s": sum(seconds.values())} | memory_metrics()
+            clocks = {"time/iteration_s": sum(seconds.values()), "time/wall_s": wall}
+            seconds |= clocks | memory_metrics()
         if self.device_memory:
             seconds |= self.device_memory.end_iteration()
         self._sinks.write(iteration, self._metrics | seconds, kind)

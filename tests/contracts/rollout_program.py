@@ -88,10 +88,16 @@ class InProcess(Case):
     """Engines inside these two ranks."""
 
     def __init__(
-        self, folder: Path, *, tp: int, precision: str = "fp32", weights: bool = True
+        self,
+        folder: Path,
+        *,
+        tp: int,
+        precision: str = "fp32",
+        weights: bool = True,
+        **rollout: Any,
     ) -> None:
         more = {"weights": weights}
-        super().__init__(folder, VllmInProcess, precision, more, tensor_parallel=tp)
+        super().__init__(folder, VllmInProcess, precision, more, tensor_parallel=tp, **rollout)
 
     def reload(self) -> None:
         """The way through vLLM's reload."""
@@ -267,6 +273,41 @@ def run_bf16(folder: Path) -> dict[str, Any]:
     return case.found
 
 
+def run_fp8(folder: Path) -> dict[str, Any]:
+    """Layers quantised as weights arrive: nothing of them can be compared, all else is."""
+    case = InProcess(folder, tp=1, precision="bf16", quantization="fp8")
+    case.everywhere("not_plain", case.not_plain())
+    case.sampling()
+    case.push("new")
+    case.rest(lambda: case.push("old"))
+    tensors = checkpoint(folder / "old")
+    case.found["read_back"] = [case.engine.differing(iter(tensors.items()))]
+    tensors["model.norm.weight"][1] += 1
+    case.found["read_back"].append(case.engine.differing(iter(tensors.items())))
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    case.found["missing"] = refusal(lambda: case.engine.load_weights(iter(tensors.items())))
+    case.engine.close()
+    return case.found
+
+
+@contextlib.contextmanager
+def rounded_by_torch() -> Iterator[None]:
+    """Has torch round to FP8, by one scale a tensor, where vLLM's kernel is for GPUs alone."""
+    from vllm import _custom_ops
+
+    def quantise(
+        tensor: torch.Tensor, scale: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scale = tensor.float().abs().max().reshape(1) / largest if scale is None else scale
+        scaled = (tensor.float() / scale).clamp(-largest, largest)
+        return scaled.to(torch.float8_e4m3fn), scale
+
+    before, _custom_ops.scaled_fp8_quant = _custom_ops.scaled_fp8_quant, quantise
+    yield
+    _custom_ops.scaled_fp8_quant = before
+
+
 def run_refused_tp(folder: Path) -> dict[str, Any]:
     return {"refusal": refusal(lambda: InProcess(folder, tp=3))}
 
@@ -360,6 +401,8 @@ def run_all(folder: Path, untied: Path, tied: Path) -> dict[str, Any]:
         "tp3": run_refused_tp(untied),
         "llama": run_family(folder / "llama", tp=1),
     }
+    with rounded_by_torch():
+        found["fp8"] = run_fp8(untied)
     with killed_run():
         found["qwen3"] = run_family(folder / "qwen3", tp=2)
     with unpacked():

@@ -114,7 +114,17 @@ def test_what_a_bank_holds_is_not_sampled_again_and_the_rest_as_ever(found, case
             assert mine["logprobs"] == pytest.approx(theirs["logprobs"], abs=exactly, rel=0)
 
 
-@pytest.mark.parametrize("case", ["tied", "tied_tp2"])
+def test_fp8_engines_take_whole_tensors_and_round_them_each_time(found):
+    """Of what is rounded only the arrival is checked; what is not rounded is read back."""
+    case = found["fp8"]
+    assert all("weight_scale is no parameter of the layout" in why for why in case["not_plain"])
+    assert 1e-4 < case["logprob_difference"]["mean"] < 0.5
+    assert case["read_back"] == [[], ["model.norm.weight"]]
+    kind, text = case["missing"]
+    assert (kind, "missing ['model.layers.1.mlp.down_proj.weight']" in text) == ("ValueError", True)
+
+
+@pytest.mark.parametrize("case", ["tied", "tied_tp2", "fp8"])
 def test_an_engine_that_slept_samples_what_a_fresh_one_does(found, case):
     again = [rollout["tokens"] for rollout in found[case]["rest"]["rollouts"]]
     assert again == [rollout["tokens"] for rollout in found[case]["rollouts"]]

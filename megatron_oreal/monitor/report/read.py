@@ -15,10 +15,14 @@ from megatron_oreal.monitor.metrics import read_metrics
 from megatron_oreal.monitor.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 # Clocks that lie inside a phase or add phases up.
-_NO_PHASE = frozenset({"time/iteration_s", "time/eval_s", "time/last_verdict_wait_s"})
+_NO_PHASE = frozenset(
+    {"time/iteration_s", "time/wall_s", "time/eval_s", "time/last_verdict_wait_s"}
+    | {"time/checkpoint_write_s"}
+)
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -90,11 +94,11 @@ def read_run(root: Path, *, iteration: int | None = None) -> RunData:
         alarms=_read_alarms(folder.alarms),
         places=_read_places(folder.rollouts, iteration),
         finished=folder.summary.exists(),
-        phases=_phases(lines),
+        phases=phases_of(lines),
     )
 
 
-def _phases(lines: list[dict[str, Any]]) -> dict[str, float]:
+def phases_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns the seconds of each phase over all lines, the longest first."""
     seconds: dict[str, float] = {}
     for line in lines:

@@ -31,6 +31,7 @@ class KeepingEngine:
 
     def __init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
+        self.steps: list[str] = []
 
     def generate(
         self,
@@ -48,6 +49,7 @@ class KeepingEngine:
         self, tensors: Iterator[tuple[str, torch.Tensor]], expected: Checksums | None = None
     ) -> list[str]:
         del expected
+        self.steps.append("write")
         self.weights = dict(tensors)
         return []
 
@@ -62,10 +64,10 @@ class KeepingEngine:
         self.weights = {}
 
     def wake_weights(self) -> None:
-        pass
+        self.steps.append("wake_weights")
 
     def wake_cache(self) -> None:
-        assert self.weights, "woken before there were weights"
+        self.steps.append("wake_cache")
 
     def close(self) -> None:
         self.weights = {}
@@ -128,6 +130,23 @@ def test_a_push_hands_over_every_tensor_as_the_policy_has_it(dims):
     assert "the engine takes whole tensors" in sync.description
     assert engine.weights.keys() == hf.keys()
     assert all(torch.equal(engine.weights[name], tensor) for name, tensor in hf.items())
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_push_wakes_weights_before_and_the_cache_after():
+    params, _ = lone_policy(DIMS)
+    engine = KeepingEngine()
+    synced(params, DIMS, engine).push()
+    assert engine.steps == ["wake_weights", "write", "wake_cache"]
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_push_that_did_not_arrive_leaves_the_cache_asleep():
+    params, _ = lone_policy(DIMS)
+    engine = DoubtingEngine()
+    with pytest.raises(RuntimeError, match="arrived changed"):
+        synced(params, DIMS, engine).push()
+    assert engine.steps == ["wake_weights", "write"]
 
 
 @pytest.mark.usefixtures("world_of_one")
