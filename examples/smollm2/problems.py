@@ -1,7 +1,6 @@
 """Makes the questions: arithmetic of reasoning-gym that SmolLM2-135M-Instruct solves now and then.
 
-Expressions and answers are reasoning-gym's; asked is in words that the model was tuned on, "What is
-7 * 6?". The README has the pass rates that the kinds were chosen by. No problem is in both files.
+The README has the pass rates that the kinds were chosen by. No problem is in both files.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import reasoning_gym
 
 # (name in reasoning-gym, its limits) by name in the files
 KINDS: dict[str, tuple[str, dict[str, int]]] = {
-    "sums": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+    "sums": ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
     "products": ("products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
 }
 STREAM = 100_000  # problems that a seed can yield of a kind: far more than are taken
@@ -28,11 +27,10 @@ def questions(seed: int) -> Iterator[dict[str, str]]:
     seen: set[str] = set()
     while True:
         for name, stream in streams.items():
-            entry = next(e for e in stream if e["metadata"]["expression"] not in seen)
-            expression = entry["metadata"]["expression"]
-            seen.add(expression)
+            entry = next(e for e in stream if e["question"] not in seen)
+            seen.add(entry["question"])
             yield {
-                "question": f"What is {expression}?",
+                "question": entry["question"],
                 "gold_answer": str(entry["answer"]),
                 "data_source": name,
                 "category": name,
