@@ -25,6 +25,7 @@ _LEAST: dict[Fp8Recipe, tuple[Capability, str]] = {
     "blockwise": ((9, 0), "H100 or newer"),
     "mxfp8": ((10, 0), "B200 or newer"),
 }
+_LEAST_ENGINE: tuple[Capability, str] = ((8, 9), "L40S, H100 or newer")
 _NO_MXFP8: Capability = (12, 0)  # TE has no MXFP8 of its own for GeForce and RTX of this family
 _LEAST_TE: dict[Fp8Recipe, tuple[int, int]] = {
     "delayed": (1, 0),
@@ -72,6 +73,27 @@ def check_device(config: Config, model: LayerSizes, device: Device) -> None:
             _check_sides(config, model, role)
     if device.runs_transformer_engine:
         _check_heads(model.head_dim, device)
+    if config.rollout.backend == "vllm":
+        check_engine_device(config, device)
+
+
+def check_engine_device(config: Config, device: Device) -> None:
+    """Checks that an engine in the rank can round its weights and cache as the config says.
+
+    Raises:
+        UserError: naming the key, the numbers and what to change.
+    """
+    least, named = _LEAST_ENGINE
+    for key, default in (("quantization", "none"), ("kv_cache_dtype", "auto")):
+        if getattr(config.rollout, key) == "fp8":
+            fix = f"{device.name} has no FP8; set {default}"
+            require(device.capability is not None, f"rollout.{key}", "fp8", fix)
+            has = device.capability or (0, 0)
+            fix = (
+                f"needs compute capability {_dotted(least)} ({named}), {device.name} has"
+                f" {_dotted(has)}; set {default}"
+            )
+            require(has >= least, f"rollout.{key}", "fp8", fix)
 
 
 def _check_recipe(config: Config, role: Role, device: Device) -> None:

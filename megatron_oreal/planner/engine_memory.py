@@ -64,31 +64,6 @@ def cache_bytes(config: Config, dims: Dims, memory: FreeMemory) -> int:
     )
 
 
-def check_fp8(config: Config, device: str, capability: tuple[int, int] | None) -> None:
-    """Refuses FP8 in the engines on a device that cannot; not collective.
-
-    Args:
-        config: The run.
-        device: Its name.
-        capability: CUDA's compute capability; None without CUDA.
-
-    Raises:
-        UserError: It cannot; names the key.
-    """
-    keys = {
-        "rollout.quantization=fp8": config.rollout.quantization == "fp8",
-        "rollout.kv_cache_dtype=fp8": config.rollout.kv_cache_dtype == "fp8",
-    }
-    for key, wanted in keys.items():
-        if wanted and (capability is None or capability < (8, 9)):
-            of = f"of capability {capability[0]}.{capability[1]}" if capability else "without CUDA"
-            default = "none" if "quantization" in key else "auto"
-            raise UserError(
-                f"{key}: {device}, a device {of}, does not multiply in FP8: that takes 8.9 or more"
-                f" (Ada, Hopper, Blackwell); set {default}"
-            )
-
-
 def _sequence_bytes(config: Config, dims: Dims) -> int:
     blocks = math.ceil(config.sampling.max_total_tokens / _BLOCK) + 1
     return blocks * _BLOCK * kv_bytes(config, dims)

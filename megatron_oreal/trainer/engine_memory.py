@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from megatron_oreal.config.device import check_engine_device
 from megatron_oreal.config.schema import Config
-from megatron_oreal.models.kernels import kernels_here
+from megatron_oreal.models.kernels import device_here, kernels_here
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.monitor.device_memory import DeviceMemory
 from megatron_oreal.parallel import topology
 from megatron_oreal.parallel.collectives import agree, all_gather_bytes, world_size
-from megatron_oreal.planner.engine_memory import FreeMemory, cache_bytes, check_fp8
+from megatron_oreal.planner.engine_memory import FreeMemory, cache_bytes
 from megatron_oreal.planner.hardware import GIB, Cluster, Gpu
 from megatron_oreal.planner.memory import plan_stage, planned_phases
 from megatron_oreal.planner.models import resident_models
@@ -30,9 +31,7 @@ def agree_on_cache(config: Config, trains: bool) -> int | None:
         UserError: A GPU has no room for an engine, or no FP8 where it is asked for; on every rank.
     """
     with agree():
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        check_fp8(config, device, capability)
+        check_engine_device(config, device_here())
     if not torch.cuda.is_available():
         return None
     with agree():

@@ -39,6 +39,13 @@ def test_an_h100_takes_every_recipe_but_one(recipe: str) -> None:
     check_device(config("fp8.token_rm.recipe=mxfp8", "parallel.tensor=4"), Sizes(), blackwell)
 
 
+def test_engines_round_on_an_h100_and_servers_where_they_are() -> None:
+    both = ("rollout.quantization=fp8", "rollout.kv_cache_dtype=fp8")
+    check_device(config(*both), Sizes(), H100)
+    served = ("rollout.backend=vllm_server", "rollout.server_hosts=[http://a:1]")
+    check_device(config(*both, *served), Sizes(), Device("a CPU"))
+
+
 def test_without_fp8_a_cpu_and_any_sizes_will_do() -> None:
     check_device(config(), replace(Sizes(), head_dim=12, hidden=100), Device("a CPU"))
 
@@ -46,6 +53,17 @@ def test_without_fp8_a_cpu_and_any_sizes_will_do() -> None:
 @pytest.mark.parametrize(
     ("keys", "device", "says"),
     [
+        (
+            ["rollout.quantization=fp8"],
+            Device("a CPU"),
+            "rollout.quantization=fp8: a CPU has no FP8; set none",
+        ),
+        (
+            ["rollout.kv_cache_dtype=fp8"],
+            Device("NVIDIA A100", (8, 0)),
+            "rollout.kv_cache_dtype=fp8: needs compute capability 8.9 (L40S, H100 or newer), "
+            "NVIDIA A100 has 8.0; set auto",
+        ),
         (
             ["fp8.policy.recipe=delayed"],
             Device("a CPU", None, "2.20.2"),

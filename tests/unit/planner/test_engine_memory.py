@@ -10,7 +10,7 @@ from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
 from megatron_oreal.models.registry import read_model
-from megatron_oreal.planner.engine_memory import KEPT_BACK, FreeMemory, cache_bytes, check_fp8
+from megatron_oreal.planner.engine_memory import KEPT_BACK, FreeMemory, cache_bytes
 from megatron_oreal.planner.hardware import GIB, GPUS, Cluster
 from megatron_oreal.planner.memory import engine_parts, kv_bytes, plan_memory, planned_phases
 
@@ -88,29 +88,6 @@ def test_engines_that_do_not_sleep_are_there_in_every_phase():
     assert awake.total("policy") - asleep.total("policy") == engine
     assert "KV cache" not in asleep.phases["sync"]
     assert asleep.phases["sync"]["engine weights"] == awake.phases["sync"]["engine weights"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "capability", "message"),
-    [
-        ("rollout.quantization=fp8", (8, 0), "of capability 8.0, does not multiply in FP8: that"),
-        (
-            "rollout.quantization=fp8",
-            None,
-            "without CUDA, does not multiply in FP8: ",
-        ),
-        ("rollout.kv_cache_dtype=fp8", (8, 6), r"rollout.kv_cache_dtype=fp8: .*; set auto$"),
-    ],
-)
-def test_fp8_on_a_device_without_it_is_refused(settings, capability, message):
-    with pytest.raises(UserError, match=message) as caught:
-        check_fp8(config_of(settings), "this device", capability)
-    assert "\n" not in str(caught.value)
-
-
-def test_fp8_where_it_is_or_is_not_asked_for():
-    check_fp8(config_of("rollout.quantization=fp8", "rollout.kv_cache_dtype=fp8"), "H100", (9, 0))
-    check_fp8(config_of(), "a CPU", None)
 
 
 def test_the_end_of_a_phase_may_show_the_most_of_those_since_the_engines_slept():
