@@ -22,7 +22,7 @@ from megatron_oreal.config.schema import Config
 from megatron_oreal.config.schema_precision import Role
 from megatron_oreal.models.family import Family, ModelDims
 from megatron_oreal.models.heads import OutputRows, ScalarHead
-from megatron_oreal.models.kernels import kernels_here
+from megatron_oreal.models.kernels import kernels_for
 from megatron_oreal.models.layer_spec import layer_spec
 from megatron_oreal.models.settings import transformer_config
 from megatron_oreal.parallel.context import round_up
@@ -93,7 +93,7 @@ def build_stages(
     They share one Megatron configuration, the role's own. The scalar head is drawn from `run.seed`.
     The vocabulary is padded to a multiple of the tensor-parallel size.
     """
-    kernels, head = kernels_here(), head_of(role)
+    kernels, head = kernels_for(config.model.precision), head_of(role)
     settings = transformer_config(dims, config, role, kernels)
     stages = []
     for stage in range(topology.vpp_size):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from megatron_oreal.config.device import Device
+from megatron_oreal.config.schema import Precision
 from megatron_oreal.parallel.cuda_on_cpu import has_gpu
 
 # Apex's extension of the matrix product that adds a weight's gradient into the main gradient.
@@ -34,6 +35,15 @@ def kernels_here() -> Kernels:
         transformer_engine=gpu and importlib.util.find_spec("transformer_engine") is not None,
         apex=gpu and importlib.util.find_spec(_ACCUMULATING_PRODUCT) is not None,
     )
+
+
+def kernels_for(precision: Precision) -> Kernels:
+    """Returns what layers of this precision are made of here; not collective.
+
+    TE attends to packed sequences in bf16 alone: fp32 is plain torch on a GPU as well.
+    """
+    here = kernels_here()
+    return replace(here, transformer_engine=here.transformer_engine and precision == "bf16")
 
 
 def device_here() -> Device:

@@ -6,7 +6,7 @@ import torch
 
 from megatron_oreal.config.device import check_engine_device
 from megatron_oreal.config.schema import Config
-from megatron_oreal.models.kernels import device_here, kernels_here
+from megatron_oreal.models.kernels import device_here, kernels_for
 from megatron_oreal.models.registry import read_model
 from megatron_oreal.monitor.device_memory import DeviceMemory
 from megatron_oreal.parallel import topology
@@ -56,7 +56,9 @@ def watch_memory(config: Config, journal: Journal) -> None:
         return
     _, dims = read_model(config.model.path)
     gpu = Gpu(torch.cuda.get_device_name(), _device_total(), 0.0, 0.0, 0.0, 0.0)
-    modules = "transformer_engine" if kernels_here().transformer_engine else "torch"
+    modules = (
+        "transformer_engine" if kernels_for(config.model.precision).transformer_engine else "torch"
+    )
     cluster = Cluster(gpu, world_size(), modules)
     memory = plan_stage(config, dims, cluster, topology.current().pp_rank)
     phases = {phase: f"{memory.total(phase) / GIB:.1f}" for phase in memory.phases}
