@@ -71,7 +71,7 @@ def check_device(config: Config, model: LayerSizes, device: Device) -> None:
         if config.fp8.role(role).recipe != "none":
             _check_recipe(config, role, device)
             _check_sides(config, model, role)
-    if device.runs_transformer_engine:
+    if device.runs_transformer_engine and config.model.precision == "bf16":
         _check_heads(model.head_dim, device)
     if config.rollout.backend == "vllm":
         check_engine_device(config, device)

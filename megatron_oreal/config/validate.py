@@ -157,6 +157,9 @@ def _check_bf16_layers(config: Config, layers: int) -> None:
 
 
 def _check_fp8(config: Config) -> None:
+    delayed = config.fp8.reference.recipe == "delayed"
+    fix = "learns its scales in passes with gradients, and the reference has none; set tensorwise"
+    require(not delayed, "fp8.reference.recipe", "delayed", fix)
     for role in ROLES:
         recipe, precision = config.fp8.role(role).recipe, config.model.precision
         fix = f"rounds bf16 numbers, and model.precision={precision}; set that to bf16, or this"

@@ -119,9 +119,9 @@ class MegatronModel:
         self.topology = topology
         self.dims = dims
         self.head = head_of(role)
-        self.cut = replace(
-            topology.cut, token_multiple=TOKEN_MULTIPLE[config.fp8.role(role).recipe]
-        )
+        recipe = config.fp8.role(role).recipe
+        self.cut = replace(topology.cut, token_multiple=TOKEN_MULTIPLE[recipe])
+        self.lacks_scales = recipe == "delayed"
         self.stages = build_stages(dims, config, topology, role)
         budget = config.engine.tokens_per_micro_batch
         self._fill_to = budget if config.engine.pad_to_budget else 0
@@ -232,7 +232,8 @@ class MegatronModel:
 
         Collective over the world. `advance` is told of this rank's micro-batches as they start.
         """
-        with torch.no_grad(), self._weights_here():
+        with self._weights_here(), torch.no_grad():
+            self._learn_scales(batch, head)
             records = self._run(batch, head, advance, forward_only=True)
         return self._spread(batch, head.names, records)
 
@@ -257,6 +258,7 @@ class MegatronModel:
 
     def _step(self, batch: PackedBatch, head: Head, advance: Advance, refuse: Refuse) -> StepResult:
         assert self._optimizer is not None
+        self._learn_scales(batch, head)
         with cuda_on_cpu():
             for stage in self._wrapped:
                 assert isinstance(stage, DistributedDataParallel)
@@ -278,6 +280,17 @@ class MegatronModel:
                 with self._optimizer_here():
                     self._optimizer.step()
         return StepResult(per_token, total, grad_norm, refused)
+
+    def _learn_scales(self, batch: PackedBatch, head: Head) -> None:
+        """Passes forward once for the scales of delayed scaling, which begin at 1.
+
+        Collective like `_run`. TE moves scales where gradients are wanted alone, and else would
+        round the first scores and the first micro-batch of a step as if nothing were known.
+        """
+        if self.lacks_scales:
+            with torch.enable_grad():
+                self._run(batch, head, advance_nothing, forward_only=True)
+            self.lacks_scales = False
 
     def _run(
         self, batch: PackedBatch, head: Head, advance: Advance, *, forward_only: bool

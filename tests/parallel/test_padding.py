@@ -67,6 +67,29 @@ def train(folder: Path, multiples: tuple[int, ...]) -> list[Run]:
     return runs
 
 
+def score_twice(folder: Path) -> list[list[torch.Tensor]]:
+    """Scores and steps without and with the pass before it that delayed scaling asks for."""
+    source = open_models(make_config(folder, optimizer=OptimizerConfig(lr=LEARNING_RATE)))
+    trajectories = make_trajectories()
+    batch = pack(trajectories, TIGHT)
+    objective = objectives.sft_objective(sum(t.response_length for t in trajectories))
+    found = []
+    for lacks_scales in (False, True):
+        policy = make_policy(source)
+        policy.model.lacks_scales = lacks_scales
+        step = policy.step(batch, objective, LEARNING_RATE)
+        policy.model.lacks_scales = lacks_scales
+        found.append([*step.logprobs, *policy.logprobs(batch).logprobs])
+        assert not policy.model.lacks_scales
+    return found
+
+
+def test_a_pass_for_scales_changes_nothing_else(ranks: RankPools, tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "hf", "qwen2")
+    for plain, scaled in ranks(2).run(score_twice, folder, pp=2):
+        assert all(torch.equal(*pair) for pair in zip(plain, scaled, strict=True))
+
+
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_padding_changes_no_number(
     ranks: RankPools, tmp_path: Path, layout: dict[str, int]

@@ -152,6 +152,12 @@ def test_delayed_scaling_has_no_layers_of_its_own() -> None:
         config("fp8.policy.bf16_layers_at_end=1")
 
 
+def test_the_reference_learns_no_scales() -> None:
+    says = r"^fp8\.reference\.recipe=delayed: learns its scales in passes with gradients"
+    with pytest.raises(UserError, match=says):
+        config("fp8.reference.recipe=delayed")
+
+
 def test_a_stage_at_most_stays_in_bf16() -> None:
     keys = ["fp8.policy.recipe=tensorwise", "fp8.policy.bf16_layers_at_start=8"]
     check_model(config(*keys), Sizes())
