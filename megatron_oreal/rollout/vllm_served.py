@@ -28,6 +28,7 @@ class ServedModel:
         return {
             "model": config.model_config.hf_config.to_dict(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "quantization": config.model_config.quantization,
             "max_model_len": config.model_config.max_model_len,
             "logprobs_mode": config.model_config.logprobs_mode,
             "chunked_prefill": config.scheduler_config.enable_chunked_prefill,

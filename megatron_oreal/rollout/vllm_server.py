@@ -333,6 +333,7 @@ def _wanted(
     return {
         **{f"model.{key}": model[key] for key in _MODEL_KEYS if key in model},
         "dtype": DTYPES[precision],
+        "quantization": None if config.quantization == "none" else config.quantization,
         "logprobs_mode": logprobs_mode,
         "chunked_prefill": False,
         "weight_transfer": TRANSFERS[config.server_transfer],

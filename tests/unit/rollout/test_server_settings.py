@@ -43,6 +43,13 @@ def test_importance_weights_ask_for_the_distribution_that_is_sampled_from():
             ["rollout.server_hosts=[http://a:1]", "rollout.backend=vllm"],
             "set rollout.backend=vllm_server",
         ),
+        (
+            [
+                *("rollout.server_hosts=[http://a:1]", "rollout.server_transfer=nccl"),
+                "rollout.quantization=fp8",
+            ],
+            "rollout.server_transfer=nccl: its servers compare live weights",
+        ),
     ],
 )
 def test_hosts_that_cannot_be_are_refused(settings, message):
