@@ -50,7 +50,10 @@ def expected() -> tuple[torch.Tensor, ...]:
 
 
 def sharded(
-    padded_rows: int, settings: HeadSettings, dtype: torch.dtype = torch.float32
+    padded_rows: int,
+    settings: HeadSettings,
+    dtype: torch.dtype = torch.float32,
+    into_main_grad: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     hidden, weight, targets, fields = inputs()
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -63,6 +66,8 @@ def sharded(
     rows[: shard.rows] = weight[shard.start : shard.start + shard.rows]
     hidden.requires_grad_()
     rows.requires_grad_()
+    main_grad = torch.zeros(rows.shape) if into_main_grad else None
+    rows.main_grad = main_grad  # pyright: ignore[reportAttributeAccessIssue]
     out = vocab_logprobs(
         hidden,
         rows,
@@ -74,10 +79,12 @@ def sharded(
     )
     (out.loss * 2).backward()  # as a loss scale would
     assert hidden.grad is not None
-    assert rows.grad is not None
+    weight_grad = rows.grad if main_grad is None else main_grad
+    assert weight_grad is not None
+    assert rows.grad is not None, "Megatron's hook must find one"
     dist.all_reduce(hidden.grad)
-    gathered = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, rows.grad)
+    gathered = [torch.zeros_like(weight_grad) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, weight_grad)
     with torch.no_grad():
         again = vocab_logprobs(hidden, rows, targets, shard, settings)
     assert torch.equal(again.logprobs, out.logprobs)
@@ -108,10 +115,13 @@ def test_any_spread_of_the_vocabulary_gives_the_plain_result(
 def test_bf16_inputs_give_the_plain_result_within_their_rounding(
     ranks: RankPools, fp32_logits: bool, fp32_weight_grad: bool
 ) -> None:
-    """Logits up to 16 in bf16 are off by 2^-5, as are probabilities, and gradients by them."""
+    """Logits up to 16 in bf16 are off by 2^-5, as are probabilities, and gradients by them.
+
+    The weight's gradient in fp32 goes where Megatron adds gradients up.
+    """
     settings = HeadSettings(5, fp32_logits, fp32_weight_grad)
     scored = 1e-5 if fp32_logits else 2**-4
-    for result in ranks(2).run(sharded, 32, settings, torch.bfloat16):
+    for result in ranks(2).run(sharded, 32, settings, torch.bfloat16, fp32_weight_grad):
         *scores, hidden_grad, weight_grad = zip(result, expected(), strict=True)
         for got, want in scores[1:]:
             torch.testing.assert_close(got, want, rtol=scored, atol=scored)
