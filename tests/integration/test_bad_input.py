@@ -83,6 +83,11 @@ CASES: dict[str, tuple[str, Prepare, list[str]]] = {
         lambda _: {"rollout__tensor_parallel": 3},
         ["rollout.tensor_parallel=3", "WORLD_SIZE(1)", "set a divisor"],
     ),
+    "FP8 on a CPU": (
+        "train",
+        lambda _: {"model__precision": "bf16", "fp8__token_rm__recipe": "delayed"},
+        ["fp8.token_rm.recipe=delayed", "a CPU has no FP8", "set none"],
+    ),
     "no model folder": (
         "train",
         lambda folder: {"model__path": folder / "nowhere"},
