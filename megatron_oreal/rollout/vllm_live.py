@@ -4,8 +4,9 @@ On a CPU vLLM packs its linear layers and drops their `weight`. A packed layer s
 applied to a unit vector it returns one column, exactly, since all other products are zero. A column
 holds a value of every row, so a stale, swapped or wrongly cut tensor shows in a few of them.
 
-What vLLM quantises as it arrives cannot be compared: of it is only asked that it was handed over,
-and whoever hands it over counts its checksum before vLLM rounds it.
+What vLLM rounds to FP8 as it arrives, by one scale a matrix, cannot be equal: it has to be as near
+as FP8 allows. Whoever hands it over counts its checksum before vLLM rounds it. Where a kernel has
+packed the rounded weight as well, all that is asked is that it was handed over.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COLUMNS = 64  # of each matrix, evenly spaced, first and last among them
+# Of FP8 with three bits of mantissa, half a step: of a number's size, and of the scale near zero.
+_ROUNDING, _SMALLEST = 1 / 15, 1 / 1023
 _ALL = slice(None)
 Columns = Callable[[int], torch.Tensor]
 """Which columns of a matrix of so many are read: their indices, ascending."""
@@ -40,11 +43,15 @@ class _Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a Hugging Face tensor that this rank's model holds; `read` is None if rounded."""
+    """A piece of a Hugging Face tensor that this rank's model holds.
+
+    `read` is None where it cannot be read. What is `rounded` has that scale.
+    """
 
     name: str
     cut: _Cut
     read: Callable[[Columns], torch.Tensor] | None
+    rounded: Callable[[], torch.Tensor] | None = None
 
     def expected(self, tensor: torch.Tensor, columns: Columns) -> torch.Tensor:
         """Returns of the whole tensor what `read` returns of the model."""
@@ -52,6 +59,17 @@ class _Part:
             return tensor[self.cut.rows].clone()
         piece = tensor[self.cut.rows, self.cut.columns]
         return piece[:, columns(piece.shape[1]).to(piece.device)]
+
+    def holds(self, expected: torch.Tensor, columns: Columns) -> bool:
+        """Whether the model has what is expected of it, as far as that can be told."""
+        if self.read is None:
+            return True
+        live = self.read(columns)
+        if self.rounded is None:
+            return _same(live, expected)
+        expected = expected.to(live.device, torch.float32)
+        bound = expected.abs() * _ROUNDING + self.rounded() * _SMALLEST
+        return bool(((live - expected).abs() <= bound).all())
 
 
 def with_tied_head(
@@ -82,7 +100,7 @@ class LiveCheck:
         """Passes whole Hugging Face tensors on to the model and keeps samples of them."""
         for name, tensor in tensors:
             self._handed[name] = [
-                part.expected(tensor, _sampled_columns) for part in self._parts[name] if part.read
+                part.expected(tensor, _sampled_columns) for part in self._parts[name]
             ]
             yield name, tensor
 
@@ -102,21 +120,18 @@ class LiveCheck:
         unseen, differing = set(self._parts), []
         for name, tensor in tensors:
             unseen.discard(name)
-            pairs = [
-                (part.read(torch.arange), part.expected(tensor, torch.arange))
-                for part in self._parts.get(name, ())
-                if part.read
-            ]
-            if name not in self._parts or not all(_same(*pair) for pair in pairs):
+            parts = self._parts.get(name, ())
+            same = (part.holds(part.expected(tensor, torch.arange), torch.arange) for part in parts)
+            if not parts or not all(same):
                 differing.append(name)
         return sorted([*differing, *unseen])
 
     def _holds(self, name: str) -> bool:
-        if not self._parts[name] or name not in self._handed:
-            return False
-        reads = [part.read for part in self._parts[name] if part.read]
-        pairs = zip(reads, self._handed[name], strict=True)
-        return all(_same(read(_sampled_columns), sample) for read, sample in pairs)
+        parts, samples = self._parts[name], self._handed.get(name, [])
+        return len(parts) == len(samples) > 0 and all(
+            part.holds(sample, _sampled_columns)
+            for part, sample in zip(parts, samples, strict=True)
+        )
 
 
 def _parts(model: nn.Module) -> Iterator[_Part]:
@@ -130,7 +145,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             rounded = parameter.dtype.itemsize == 1
             for name, cut in zip(names, _cuts(module), strict=True):
                 if rounded:
-                    yield _Part(f"{name}.{kind}", cut, None)
+                    yield _rounded_part(f"{name}.{kind}", cut, module)
                     continue
                 as_matrix = kind == "weight" and (parameter.ndim > 1 or _is_packed(module))
                 yield _Part(f"{name}.{kind}", cut, _reader(module, kind, cut, as_matrix))
@@ -182,6 +197,20 @@ def _reader(
     if as_matrix:
         return lambda columns: _matrix_columns(module, columns)[cut.local]
     return lambda _: getattr(module, kind)[cut.local]
+
+
+def _rounded_part(name: str, cut: _Cut, module: Any) -> _Part:
+    """A matrix in FP8 with one scale, transposed as vLLM's plain kernels have it, or packed."""
+    shape = (module.input_size_per_partition, sum(module.output_partition_sizes))
+    if tuple(module.weight.shape) != shape or module.weight_scale.numel() != 1:
+        return _Part(name, cut, None)
+
+    def read(columns: Columns) -> torch.Tensor:
+        bits = module.weight.t()[cut.local].view(torch.uint8)  # not every device indexes FP8
+        chosen = bits[:, columns(shape[0]).to(bits.device)].view(module.weight.dtype)
+        return chosen.float() * module.weight_scale
+
+    return _Part(name, cut, read, lambda: module.weight_scale)
 
 
 def _is_packed(module: nn.Module) -> bool:

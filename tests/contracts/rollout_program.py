@@ -274,7 +274,7 @@ def run_bf16(folder: Path) -> dict[str, Any]:
 
 
 def run_fp8(folder: Path) -> dict[str, Any]:
-    """Layers quantised as weights arrive: nothing of them can be compared, all else is."""
+    """Layers rounded as weights arrive: they are as near as FP8 allows, all else is equal."""
     case = InProcess(folder, tp=1, precision="bf16", quantization="fp8")
     case.everywhere("not_plain", case.not_plain())
     case.sampling()
@@ -283,6 +283,7 @@ def run_fp8(folder: Path) -> dict[str, Any]:
     tensors = checkpoint(folder / "old")
     case.found["read_back"] = [case.engine.differing(iter(tensors.items()))]
     tensors["model.norm.weight"][1] += 1
+    tensors["model.layers.0.self_attn.k_proj.weight"][-1] *= 1.2
     case.found["read_back"].append(case.engine.differing(iter(tensors.items())))
     del tensors["model.layers.1.mlp.down_proj.weight"]
     case.found["missing"] = refusal(lambda: case.engine.load_weights(iter(tensors.items())))

@@ -115,11 +115,12 @@ def test_what_a_bank_holds_is_not_sampled_again_and_the_rest_as_ever(found, case
 
 
 def test_fp8_engines_take_whole_tensors_and_round_them_each_time(found):
-    """Of what is rounded only the arrival is checked; what is not rounded is read back."""
+    """A row that is 1.2 times as large is beyond rounding."""
     case = found["fp8"]
     assert all("weight_scale is no parameter of the layout" in why for why in case["not_plain"])
-    assert 1e-4 < case["logprob_difference"]["mean"] < 0.5
-    assert case["read_back"] == [[], ["model.norm.weight"]]
+    assert 1e-4 < case["logprob_difference"]["mean"] < 1
+    changed = ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight"]
+    assert case["read_back"] == [[], changed]
     kind, text = case["missing"]
     assert (kind, "missing ['model.layers.1.mlp.down_proj.weight']" in text) == ("ValueError", True)
 
