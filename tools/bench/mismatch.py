@@ -29,11 +29,19 @@ from typing import Any
 import torch
 
 from megatron_oreal.algorithm.rollout_diagnostics import mismatch_metrics
+from megatron_oreal.config.device import check_device, check_engine_device
 from megatron_oreal.config.errors import UserError
 from megatron_oreal.config.load import load_config
 from megatron_oreal.config.schema import Config
 from megatron_oreal.engine.roles import Policy
-from megatron_oreal.parallel.collectives import start_world, stop_world, world_rank, world_size
+from megatron_oreal.models.kernels import device_here
+from megatron_oreal.parallel.collectives import (
+    agree,
+    start_world,
+    stop_world,
+    world_rank,
+    world_size,
+)
 from megatron_oreal.rollout.groups import build_requests
 from megatron_oreal.trainer.models import ModelSource, open_source
 from megatron_oreal.trainer.packer import Packer
@@ -109,15 +117,21 @@ def measure(
     def config(more: Sequence[str]) -> Config:
         return load_config(files, [*settings, *ON_POLICY, *more])
 
-    configs = {name: config(more) for name, more in train.items()}
+    policies = {name: config(more) for name, more in train.items()}
+    engines = {name: config(more) for name, more in rollout.items()}
+    source = open_source(next(iter(policies.values())))  # of the layout of all
+    with agree():
+        for own in policies.values():
+            check_device(own, source.dims, device_here())
+        for own in engines.values():
+            check_engine_device(own, device_here())
     sampled = {}
-    for name, more in rollout.items():
-        sampled[name] = sample(config(more), questions)
+    for name, own in engines.items():
+        sampled[name] = sample(own, questions)
         _free()
-    rows, source = [], None  # one layout for all
-    for name, own in configs.items():
-        source = replace(source, config=own) if source else open_source(own)
-        for other, metrics in compare(source, sampled).items():
+    rows = []
+    for name, own in policies.items():
+        for other, metrics in compare(replace(source, config=own), sampled).items():
             tokens = sum(trajectory.response_length for trajectory in sampled[other])
             counts = {"responses": len(sampled[other]), "tokens": tokens}
             rows.append({"training": name, "rollouts": other, **counts, **metrics})
