@@ -28,20 +28,25 @@ PROGRAM = ("-m", "tests.integration.layout_program")
 
 @dataclass(frozen=True)
 class Layout:
-    """Data parallelism fills what the training side leaves of the four ranks."""
+    """Data parallelism fills what the training side leaves of the four ranks.
+
+    `late` also overlaps communication with the passes and has all wait in host memory that may.
+    """
 
     tensor: int
     pipeline: int
     engine_tensor: int
     questions: int
     context: int = 1
+    late: bool = False
 
     @property
     def name(self) -> str:
         data = RANKS // (self.tensor * self.pipeline * self.context)
         sides = {"tp": self.tensor, "pp": self.pipeline, "cp": self.context, "dp": data}
         train = " ".join(f"{side}{size}" for side, size in sides.items() if size > 1)
-        return f"{train}, engine tp{self.engine_tensor}"
+        late = ", late" if self.late else ""
+        return f"{train}{late}, engine tp{self.engine_tensor}"
 
     @property
     def engines(self) -> int:
@@ -49,7 +54,7 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(tensor=2, pipeline=1, engine_tensor=2, questions=8),
+    Layout(tensor=2, pipeline=1, engine_tensor=2, questions=8, late=True),
     Layout(tensor=1, pipeline=2, engine_tensor=1, questions=3),  # fewer than engines
     Layout(tensor=2, pipeline=2, engine_tensor=4, questions=8),
     Layout(tensor=2, pipeline=1, engine_tensor=2, questions=8, context=2),
@@ -66,6 +71,12 @@ def run_layout(root: Path, model: Path, layout: Layout) -> dict[str, Any]:
         parallel__tensor=layout.tensor,
         parallel__pipeline=layout.pipeline,
         parallel__context=layout.context,
+        parallel__overlap_grad_reduce=layout.late,
+        parallel__overlap_param_gather=layout.late,
+        offload__optimizer=layout.late,
+        offload__gradients=layout.late,
+        offload__reference=layout.late,
+        offload__token_rm=layout.late,
         rollout__tensor_parallel=layout.engine_tensor,
         data__questions_per_iteration=layout.questions,
         schedule__iterations=2,
@@ -111,7 +122,7 @@ def show(console: Console, results: dict[Layout, dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for layout, found in results.items():
         iterations = found["iterations"]
-        train, _, _ = layout.name.partition(",")
+        train, _, _ = layout.name.partition(", engine")
         table.add_row(
             train,
             f"{layout.engines} x tp{layout.engine_tensor}",
