@@ -27,7 +27,7 @@ from megatron_oreal.types import RolloutGroup
 from tests.integration import toy
 from tests.integration.commands import Finished, alone, run, under_torchrun
 from tests.integration.conftest import FineTuning
-from tools.bench.iteration import shares
+from tools.bench import iteration as bench_iteration
 
 pytestmark = pytest.mark.vllm
 
@@ -205,8 +205,12 @@ def test_answers_are_judged_while_others_still_generate(trained: TrainingRun) ->
         assert line["time/last_verdict_wait_s"] >= 0
 
 
-def test_the_clocks_of_a_run_say_where_its_time_went(trained: TrainingRun) -> None:
-    found = shares(trained.train)
+def test_the_clocks_of_a_run_say_where_its_time_went(
+    trained: TrainingRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_iteration.main([str(trained.folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["parallel"]["tensor"]) == ("cpu", 2)
     assert found["iterations"] == 2
     assert {"generate", "sleep", "policy", "sync"} <= found["seconds"].keys()
     kinds = ("generation", "verification", "training", "outside")

@@ -221,11 +221,12 @@ def measure(bench: Bench, rounds: int) -> dict[str, float | str]:
     """Returns times, memory and ratios; collective over the world."""
     base = used_gib()
     policy = bench.policy()
-    beside = used_gib()
+    policy_gib = used_gib() - base
     cache = agree_on_cache(bench.config, trains=False)
     with bench.engine(sleeps=False, cache=cache) as engine:
         bench.sync(policy, engine).push()
         alone = bench.decode_rate(engine, rounds)
+    beside = used_gib()  # without what an engine that is gone has left behind
     with bench.engine(sleeps=True, cache=cache) as engine:
         sync = bench.sync(policy, engine)
         sync.push()
@@ -242,7 +243,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, float | str]:
         "quantization": bench.config.rollout.quantization,
         "sync": sync.description,
         "sequences": bench.config.rollout.max_sequences,
-        "policy_gib": beside - base,
+        "policy_gib": policy_gib,
         "engine_gib": held,
         **medians,
         "switch_s": sum(medians[f"{step}_s"] for step in STEPS),
