@@ -87,7 +87,10 @@ def train(folder: Path, case: Case, *, overlap: bool) -> Run:
     tokens = sum(trajectory.response_length for trajectory in trajectories)
     objective = objectives.sft_objective(tokens)
     score_objective = objectives.token_rm_objective(len(trajectories))
-    steps = [policy.step(batch, objective, LEARNING_RATE) for batch in batches]
+    steps = [
+        policy.step(batch, objective, LEARNING_RATE, settle=batch is batches[-1])
+        for batch in batches
+    ]
     scored = [token_rm.step(batch, score_objective, LEARNING_RATE) for batch in batches]
     early = [weight.clone() for weight in token_rm.model.parameters().values()]
     token_rm.model.settle()
