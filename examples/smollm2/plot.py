@@ -17,6 +17,10 @@ from megatron_oreal.monitor.metrics import read_metrics
 Lines = Sequence[Mapping[str, Any]]
 SAMPLED = ("generate", "verify")
 TRAINED = ("token_rm", "reference", "importance", "policy")
+# Sums, what goes on beside the iteration, and what each start of a run does once.
+NOT_OF_AN_ITERATION = frozenset(
+    {"iteration", "wall", "last_verdict_wait", "checkpoint_write", "start", "check", "evaluate"}
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Phase:
-    """Means over iterations: seconds, share of the iteration, response tokens a second or None."""
+    """Means over iterations: seconds, share of all phases, response tokens a second or None."""
 
     name: str
     seconds: float
@@ -56,19 +60,22 @@ def phases(run: Run) -> list[Phase]:
     the responses that were trained on.
     """
     lines = run.train[1:] or run.train
-    total = fmean(line["time/iteration_s"] for line in lines)
     names = {
         key.removeprefix("time/").removesuffix("_s")
         for line in lines
         for key in line
         if key.startswith("time/") and key.endswith("_s")
     }
+    seconds = {
+        name: fmean(line.get(f"time/{name}_s", 0.0) for line in lines)
+        for name in names - NOT_OF_AN_ITERATION
+    }
     found = []
-    for name in names - {"iteration", "checkpoint_write", "last_verdict_wait"}:
-        seconds = fmean(line.get(f"time/{name}_s", 0.0) for line in lines)
-        tokens = fmean(_tokens(run, line, name) for line in lines)
-        found.append(Phase(name, seconds, seconds / total, tokens / seconds if tokens else None))
-    return sorted(found, key=lambda phase: -phase.seconds)
+    for name in sorted(seconds, key=lambda name: -seconds[name]):
+        mean, tokens = seconds[name], fmean(_tokens(run, line, name) for line in lines)
+        speed = tokens / mean if tokens else None
+        found.append(Phase(name, mean, mean / sum(seconds.values()), speed))
+    return found
 
 
 def _tokens(run: Run, line: Mapping[str, Any], phase: str) -> float:

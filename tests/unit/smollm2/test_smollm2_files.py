@@ -63,7 +63,9 @@ def run(tmp_path: Path) -> Path:
         "kind": "train",
         "rollout/response_length_mean": 10.0,
         "rollout/pass_rate": 0.5,
-        "time/iteration_s": 8.0,
+        "time/iteration_s": 9.0,
+        "time/wall_s": 10.0,
+        "time/start_s": 1.0,
         "time/generate_s": 4.0,
         "time/policy_s": 3.0,
         "time/sync_s": 1.0,
@@ -73,7 +75,7 @@ def run(tmp_path: Path) -> Path:
     }
     written: list[dict[str, Any]] = [
         {"kind": "eval", "iteration": 0, "eval/pass_at_1": 0.25, "eval/greedy": 0.5},
-        {**train, "iteration": 0, "time/iteration_s": 1000.0},
+        {**train, "iteration": 0, "time/generate_s": 1000.0},
         *({**train, "iteration": i} for i in (1, 2)),
         {"kind": "eval", "iteration": 3, "eval/pass_at_1": 0.5},
     ]
