@@ -44,7 +44,10 @@ def run(runs: Path, piece_s: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_piece_ends_saved_and_the_next_ends_with_the_table(tmp_path: Path) -> None:
-    problems.write(tmp_path / "seed_0" / "data", 0, held_out=8, training=32)
+    # As if they had been rated: 32 questions and 4 samples would hardly hold enough.
+    rated = [{**question, "pass_rate": 0.5} for question in problems.pool(0, 40)]
+    for name, chosen in zip(("eval", "train"), problems.choose(rated, 0, 8), strict=True):
+        problems.write_lines(tmp_path / "seed_0" / "data" / f"{name}.jsonl", chosen)
     subprocess.run(
         ["python", "examples/smollm2/prepare.py", tmp_path / "model"],
         cwd=ROOT,

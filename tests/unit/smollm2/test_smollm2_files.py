@@ -1,4 +1,4 @@
-"""The questions of the SmolLM2 example are right, apart and alike for a seed; its table adds up."""
+"""The questions of the SmolLM2 example are right and well chosen; its table adds up."""
 
 from __future__ import annotations
 
@@ -11,26 +11,15 @@ import pytest
 
 from examples.smollm2 import plot, problems
 from megatron_oreal.config.load import load_config, resolve_config_yaml
-from tests.unit.quickstart.test_quickstart_files import lines, value
+from tests.unit.quickstart.test_quickstart_files import value
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "smollm2"
 PATHS = ["model.path=m", "data.path=d", "evaluation.path=e"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    problems.write(folder, 3, held_out=40, training=60)
-    return folder
-
-
-def test_no_question_is_in_both_files_or_twice_in_one(data: Path) -> None:
-    asked = [q["question"] for name in ("eval", "train") for q in lines(data / f"{name}.jsonl")]
-    assert len(set(asked)) == len(asked) == 100
-
-
-def test_every_kind_is_asked_and_gold_answers_are_the_values(data: Path) -> None:
-    questions = lines(data / "eval.jsonl")
+def test_no_question_is_asked_twice_and_gold_answers_are_the_values() -> None:
+    questions = problems.pool(3, 80)
+    assert len({question["question"] for question in questions}) == 80
     assert {question["category"] for question in questions} == set(problems.KINDS)
     for question in questions:
         expression = re.search(r"\d+( [-+*] \d+)+", question["question"])
@@ -38,12 +27,20 @@ def test_every_kind_is_asked_and_gold_answers_are_the_values(data: Path) -> None
         assert question["gold_answer"] == str(value(expression[0]))
 
 
-def test_a_seed_gives_the_same_files_and_another_seed_others(data: Path, tmp_path: Path) -> None:
-    for name, seed in (("same", 3), ("other", 4)):
-        problems.write(tmp_path / name, seed, held_out=40, training=60)
-    for file in ("eval.jsonl", "train.jsonl"):
-        assert (tmp_path / "same" / file).read_text() == (data / file).read_text()
-        assert (tmp_path / "other" / file).read_text() != (data / file).read_text()
+def test_a_seed_gives_the_same_questions_and_another_seed_others() -> None:
+    assert problems.pool(3, 40) == problems.pool(3, 80)[:40]
+    assert problems.pool(3, 40) != problems.pool(4, 40)
+
+
+def test_questions_within_the_bounds_are_chosen_none_for_both_files() -> None:
+    rates = [0.0, 0.1, 0.3, 0.6, 0.7, None]
+    rated = [{"id": i, "pass_rate": rate} for i, rate in enumerate(rates) if rate is not None]
+    rated.append({"id": 5})  # could not be judged
+    held_out, training = problems.choose(rated, 0, 2)
+    assert len(held_out) == 2
+    assert sorted(line["id"] for line in held_out + training) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"3 of 6 questions .* too few to hold out 3"):
+        problems.choose(rated, 0, 3)
 
 
 @pytest.mark.parametrize("name", ["oreal", "cpu"])
