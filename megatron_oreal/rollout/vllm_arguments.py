@@ -63,6 +63,18 @@ def engine_arguments(
     }
 
 
+def beside_training(config: RolloutConfig, *, weights: bool) -> dict[str, Any]:
+    """Returns the fields of `EngineArgs` of an engine that shares its GPU with models.
+
+    Without `weights` they are made up, where scales are not: no push would bring these.
+    """
+    scaled = config.quantization != "none" or config.kv_cache_dtype != "auto"
+    return {
+        "enable_sleep_mode": config.sleep and has_gpu(),
+        "load_format": "auto" if weights or scaled else "dummy",
+    }
+
+
 def logprobs_mode(config: Config) -> LogprobsMode:
     """Returns which log-probabilities a run wants; pure.
 

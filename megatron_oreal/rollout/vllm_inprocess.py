@@ -31,7 +31,11 @@ from megatron_oreal.rollout.dealing import deal
 from megatron_oreal.rollout.exchange import all_gather_rollouts
 from megatron_oreal.rollout.process_state import process_state_kept, random_state_kept
 from megatron_oreal.rollout.sharing import SharedProgress, named, response_budgets, unanswered
-from megatron_oreal.rollout.vllm_arguments import LogprobsMode, engine_arguments
+from megatron_oreal.rollout.vllm_arguments import (
+    LogprobsMode,
+    beside_training,
+    engine_arguments,
+)
 from megatron_oreal.rollout.vllm_live import LiveCheck, with_tied_head
 from megatron_oreal.types import Advance, Rollout
 from megatron_oreal.weights.vllm_layout import LiveShard
@@ -84,13 +88,7 @@ class VllmInProcess:
         Raises:
             UserError: vLLM is missing or refuses the configuration; TP does not divide the world.
         """
-        tp = config.tensor_parallel
-        if world_size() % tp != 0:
-            raise UserError(
-                f"rollout.tensor_parallel={tp}: set a divisor of the {world_size()} ranks"
-            )
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError("rollout.backend=vllm: vLLM is not installed; see README, Install")
+        _require_vllm(tp := config.tensor_parallel)
         self._tp, self._n_engines, self._engine = tp, world_size() // tp, world_rank() // tp
         self._speaks = world_rank() % tp == 0
         self._max_total_tokens, self._eager = max_total_tokens, config.enforce_eager
@@ -102,11 +100,7 @@ class VllmInProcess:
             max_total_tokens,
             logprobs_mode,
             kv_cache_bytes=kv_cache_bytes,
-        )
-        arguments["enable_sleep_mode"] = config.sleep and has_gpu()
-        if not weights and config.quantization == "none" and config.kv_cache_dtype == "auto":
-            # Else scales, too, would be made up, and no push brings these.
-            arguments["load_format"] = "dummy"
+        ) | beside_training(config, weights=weights)
         with process_state_kept(_environment(verbose)), _quiet(verbose):
             self._llm = _start(arguments)
         self._tied = bool(self._llm.model_config.hf_config.tie_word_embeddings)
@@ -306,6 +300,15 @@ def _quiet(verbose: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _require_vllm(tensor_parallel: int) -> None:
+    if world_size() % tensor_parallel != 0:
+        raise UserError(
+            f"rollout.tensor_parallel={tensor_parallel}: set a divisor of the {world_size()} ranks"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("rollout.backend=vllm: vLLM is not installed; see README, Install")
 
 
 def _start(arguments: Mapping[str, Any]) -> LLMEngine:
