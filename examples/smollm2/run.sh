@@ -14,9 +14,12 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 OMP_NUM_THREADS=${O
 trap 'echo "interrupted: the same command goes on from here" >&2; exit 130' INT
 settings=(--config "${CONFIG:-$here/oreal.yaml}" "model.path=$model" "run.seed=$seed" "${@:2}")
 
-piece() { # what is left of PIECE_S, all that it takes without
+piece() { # what is left of PIECE_S, all that it takes without; a start alone, which no signal can end well, is not begun
   local left=0
-  if [[ -n ${PIECE_S:-} ]]; then left=$((PIECE_S > SECONDS ? PIECE_S - SECONDS : 1)); fi
+  if ((${PIECE_S:-0})); then
+    left=$((PIECE_S - SECONDS))
+    ((left > 30)) || { echo "nothing is left of this piece: call it again"; return 75; }
+  fi
   timeout --foreground --preserve-status --signal USR1 "$left" "$@"
 }
 
